@@ -1,0 +1,1 @@
+"""Lightning callbacks: guided validation sampling, EMA, per-case rows, figures and reports."""

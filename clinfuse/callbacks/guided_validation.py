@@ -1,0 +1,85 @@
+"""Sample with guidance in validation: ROI metrics to every logger, and a picture of one case."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+from torch import Tensor
+
+from clinfuse.callbacks.recorder import case_view, summarise
+from clinfuse.metrics.regional import CaseMean, RegionalPSNR, RegionalSSIM
+from clinfuse.metrics.suite import true_pair
+from clinfuse.reporting.figures import case_figure, figure_png
+from clinfuse.types import FusionBatch
+
+
+class GuidedValidation(Callback):
+    """Scores the predictive mean that ``validation_step`` samples, guidance and all.
+
+    Logs ``val/brain_ssim``, ``val/bone_psnr``, ``val/bone_ssim`` and ``val/whole_ssim``, each over
+    the cases that define it, and draws the first case of each validation.
+
+    Args:
+        folder: where the pictures go.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.metrics: dict[str, CaseMean] = {
+            "brain_ssim": RegionalSSIM(),
+            "bone_psnr": RegionalPSNR(),
+            "bone_ssim": RegionalSSIM(),
+            "whole_ssim": RegionalSSIM(),
+        }
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for metric in self.metrics.values():
+            metric.reset()
+            metric.to(pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: FusionBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        fused, spread = summarise(outputs)
+        mri, ct, roi = true_pair(batch)
+        brain, bone = roi[:, 0:1], roi[:, 1:2]
+        spacing_mm = batch.spacing_mm
+        self.metrics["brain_ssim"].update(fused, mri, brain, spacing_mm)
+        self.metrics["bone_psnr"].update(fused, ct, bone)
+        self.metrics["bone_ssim"].update(fused, ct, bone, spacing_mm)
+        if batch.reference is not None:
+            whole = brain.new_ones(brain.shape)
+            self.metrics["whole_ssim"].update(fused, batch.reference, whole, spacing_mm)
+        if batch_idx == 0 and not trainer.sanity_checking:
+            self._draw(trainer, batch, fused, spread)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        defined = {name: m for name, m in self.metrics.items() if int(m.count)}
+        pl_module.log_dict({f"val/{name}": m.compute() for name, m in defined.items()})
+
+    def _draw(
+        self, trainer: Trainer, batch: FusionBatch, fused: Tensor, spread: Tensor | None
+    ) -> None:
+        caption = f"validation at step {trainer.global_step}"
+        figure = case_figure(case_view(batch, 0, fused, spread, caption))
+        png = figure_png(figure)
+        plt.close(figure)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"validation_step_{trainer.global_step:06d}.png"
+        path.write_bytes(png)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                picture = np.asarray(Image.open(path).convert("RGB"))
+                logger.log_image("validation", [picture], caption=[caption])

@@ -1,0 +1,171 @@
+"""Score every test case of whatever method is tested: rows, pictures and the report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from clinfuse.metrics.suite import Row, case_metrics, true_pair
+from clinfuse.reporting.figures import save_figures
+from clinfuse.reporting.html import write_report
+from clinfuse.reporting.rows import case_rows, write_rows
+from clinfuse.reporting.tables import headline, print_table
+from clinfuse.reporting.views import CaseView
+from clinfuse.types import FusionBatch
+
+
+class CaseRecorder(Callback):
+    """Collects per-case rows and pictures while methods are tested, one after another.
+
+    Each test dataloader is one misregistration amplitude, in the order of
+    ``datamodule.misregistration_mm``.
+
+    Args:
+        folder: where ``write`` puts ``cases.csv``, ``figures/`` and ``report.html``.
+        preset: named in every row.
+        seed: named in every row.
+        method: name of the method under test; assign it anew before each test.
+        mask_source: where the lesion mask that methods are given comes from: ``expert``, or
+            ``none``, which takes it away before they see it.
+        pictures: cases to show.
+        pictures_of: the method whose results are shown; None shows the first one tested.
+        pictures_at_mm: the misregistration at which they are shown, where it is tested.
+        lesion_head: frozen network from F to lesion probability; None leaves lesion rows out.
+        facts: what the report says of the run.
+        title: of the report.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        preset: str,
+        seed: int,
+        method: str,
+        mask_source: str = "expert",
+        pictures: int = 3,
+        pictures_of: str | None = None,
+        pictures_at_mm: float = 2.0,
+        lesion_head: nn.Module | None = None,
+        facts: Mapping[str, Any] | None = None,
+        title: str = "clinfuse",
+    ) -> None:
+        if mask_source not in ("expert", "none"):
+            raise ValueError(f"expected mask_source expert or none, got {mask_source!r}")
+        self.folder, self.preset, self.seed, self.method = Path(folder), preset, seed, method
+        self.mask_source, self.pictures = mask_source, pictures
+        self.pictures_of, self.pictures_at_mm = pictures_of or method, pictures_at_mm
+        self.lesion_head, self.title = lesion_head, title
+        self.facts = dict(facts or {})
+        self.rows: list[dict[str, Any]] = []
+        self.views: list[CaseView] = []
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: FusionBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.mask_source == "none":
+            batch.roi = torch.cat([batch.roi[:, :2], torch.zeros_like(batch.roi[:, 2:])], 1)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: FusionBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        amplitude_mm = trainer.datamodule.misregistration_mm[dataloader_idx]  # type: ignore[attr-defined]
+        fused, spread = summarise(outputs)
+        probability = None if self.lesion_head is None else self.lesion_head(fused).float()
+        scores = case_metrics(fused, batch, probability, spread)
+        for index, (case_id, case_scores) in enumerate(zip(batch.case_id, scores, strict=True)):
+            self.rows += case_rows(
+                case_scores,
+                case_id=case_id,
+                method=self.method,
+                preset=self.preset,
+                seed=self.seed,
+                misregistration_mm=amplitude_mm,
+                mask_source=self.mask_source,
+                steps=int(getattr(pl_module, "steps", 0)),
+            )
+            if self._wants_picture(trainer, amplitude_mm):
+                caption = f"{self.method}, preset {self.preset}, CT moved by {amplitude_mm:g} mm"
+                self.views.append(case_view(batch, index, fused, spread, caption, case_scores))
+
+    def write(self) -> Path:
+        """Put rows, figures and the report into the folder; returns the report's path."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_rows(self.folder / "cases.csv", self.rows)
+        table = headline(self.rows)
+        save_figures(self.folder / "figures", self.views, table, self.pictures_of)
+        report = write_report(
+            self.folder / "report.html",
+            self.title,
+            self.views,
+            {"Fusion quality under misregistration": table},
+            self.facts,
+            self.pictures_of,
+        )
+        print_table(table, self.title)
+        return report
+
+    def _wants_picture(self, trainer: Trainer, amplitude_mm: float) -> bool:
+        tested = trainer.datamodule.misregistration_mm  # type: ignore[attr-defined]
+        at_mm = self.pictures_at_mm if self.pictures_at_mm in tested else tested[0]
+        is_shown = self.method == self.pictures_of and amplitude_mm == at_mm
+        return is_shown and len(self.views) < self.pictures
+
+
+class RunReport(CaseRecorder):
+    """The recorder of a training run: writes when its test has ended."""
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.rows:
+            self.write()
+
+
+def case_view(
+    batch: FusionBatch,
+    index: int,
+    fused: Float[Tensor, "b 1 *dhw"],
+    spread: Float[Tensor, "b 1 *dhw"] | None,
+    caption: str,
+    scores: Sequence[Row] = (),
+) -> CaseView:
+    """One case of a batch as the report shows it, with the true masks."""
+
+    def array(volume: Tensor | None) -> Any:
+        return None if volume is None else volume[index, 0].float().cpu().numpy()
+
+    masks = true_pair(batch)[2][index].cpu().numpy()
+    return CaseView(
+        case_id=batch.case_id[index],
+        mri=array(batch.mri),
+        ct=array(batch.ct),
+        fused=array(fused),
+        spacing_mm=batch.spacing_mm[index].tolist(),
+        reference=array(batch.reference),
+        spread=array(spread),
+        lesion=masks[2] if masks[2].any() else None,
+        bone=masks[1],
+        caption=caption,
+        scores={f"{roi} {metric}": value for roi, metric, value in scores},
+    )
+
+
+def summarise(
+    ensemble: Float[Tensor, "k b 1 *dhw"],
+) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"] | None]:
+    """Mean over the draws, and their standard deviation: None where there is but one."""
+    spread = ensemble.std(0) if len(ensemble) > 1 else None
+    return ensemble.mean(0), spread

@@ -1,0 +1,195 @@
+"""What the entry points share: the configuration's place, run folders, and one-sentence errors.
+
+Only the entry points import this; past them nobody sees a configuration.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+_PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = _PACKAGE / "conf"
+_CHECKOUT = _PACKAGE.parent / "conf"
+
+CONFIG_PATH = str(_SHIPPED if _SHIPPED.is_dir() else _CHECKOUT)
+"""Absolute path of ``conf``: inside the package when installed, beside it in a checkout.
+
+The shipped folder is asked for first, since beside an installed package lies site-packages, whose
+``conf`` would be somebody else's.
+"""
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def register_resolvers() -> None:
+    """What YAML can ask of the machine: ``${precision:}``, ``${fingerprint:...}``, ``${run_dir:...}``."""
+    resolvers: dict[str, Callable[..., Any]] = {
+        "precision": fastest_precision,
+        "fingerprint": fingerprint,
+        "run_dir": lambda resume, fresh: str(resume) if resume else str(fresh),
+        "hydra_subdir": lambda resume: ".hydra_resumed" if resume else ".hydra",
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def fastest_precision() -> str:
+    """``bf16-mixed`` where the hardware multiplies bfloat16 natively, else ``32-true``."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    is_native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16-mixed" if is_native else "32-true"
+
+
+def fingerprint(node: Any) -> str:
+    """Eight characters that differ when a piece of configuration does."""
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """An entry point whose bad input ends in one sentence on stderr and exit status 1."""
+
+    @functools.wraps(main)
+    def explained(cfg: DictConfig) -> Any:
+        try:
+            return main(cfg)
+        except (ValueError, FileNotFoundError, FileExistsError, InstantiationException) as error:
+            cause: BaseException = error
+            while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            expected = (ValueError, FileNotFoundError, FileExistsError)
+            if not isinstance(cause, expected) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            print(f"clinfuse: {' '.join(str(cause).split())}", file=sys.stderr)
+            sys.exit(1)
+
+    return explained
+
+
+def run_config(folder: str | Path) -> DictConfig:
+    """The configuration that a run was made with.
+
+    Raises:
+        FileNotFoundError: the folder is no run's.
+    """
+    path = Path(folder) / ".hydra" / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a run folder with .hydra/config.yaml, found none in {folder}"
+        )
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def checkpoint_of(folder: str | Path) -> Path:
+    """The last checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: the run has not saved one.
+    """
+    path = Path(folder) / CHECKPOINT
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a checkpoint at {path}, found none: train the run first")
+    return path
+
+
+def build_method(cfg: DictConfig) -> Any:
+    """The method that a configuration describes, untrained, with its frozen lesion head if named."""
+    method_cfg = cfg.method
+    if cfg.get("lesion_head") is None or "lesion_head" not in method_cfg:
+        return instantiate(method_cfg, _convert_="all")
+    head = trained_method(cfg.lesion_head).requires_grad_(False)
+    return instantiate(method_cfg, lesion_head=head, _convert_="all")
+
+
+def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
+    """The method of a run with the weights of its last checkpoint (averaged, where it averages).
+
+    Args:
+        folder: of the run.
+        cfg: its configuration, perhaps with other guidance; None reads it.
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint.
+        ValueError: the checkpoint cannot be read, or is of another architecture.
+    """
+    cfg = run_config(folder) if cfg is None else cfg
+    path = checkpoint_of(folder)
+    method = build_method(cfg)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:
+        raise ValueError(
+            f"expected a readable checkpoint, got {type(error).__name__}: {path}"
+        ) from error
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"expected the weights of {cfg.method_name}, got others ({reason}): {path}"
+        ) from error
+    return method.eval()
+
+
+def choice_was_made(group: str) -> bool:
+    """Whether the command line itself names an option of a config group, or a key within it."""
+    overrides = HydraConfig.get().overrides.task
+    return any(o.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] == group for o in overrides)
+
+
+def run_facts() -> dict[str, str]:
+    """Versions, machine and commit, for the run's record."""
+    packages = ("clinfuse", "torch", "lightning", "monai", "torchio", "numpy")
+    facts = {name: _version(name) for name in packages}
+    facts["python"] = platform.python_version()
+    facts["processor"] = f"{platform.machine()}, {os.cpu_count()} logical cores"
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    facts["commit"] = commit()
+    return facts
+
+
+def commit() -> str:
+    """The checkout's commit, marked where files differ from it; ``unknown`` outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_PACKAGE.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not (_PACKAGE.parent / ".git").exists():
+            return "unknown"
+        changed = " (with changes)" if git("status", "--porcelain", "-uno") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def quiet_libraries() -> None:
+    """Hold back what libraries say at import and on every fit, and what only their authors need."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,1 @@
+"""Study folders, phantoms, and how they become batches."""

@@ -1,0 +1,136 @@
+"""Residual misregistration: the CT and its bone mask moved rigidly against the MRI, by TorchIO.
+
+Every movement is one homogeneous matrix A in millimetres about the grid's centre, axes in tensor
+order (d, h, w): what lies at p comes to lie at A p. TorchIO sees the tensor as an image whose
+first, second and third axes are d, h and w, so that its millimetres and degrees are ours.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchio as tio
+from jaxtyping import Bool, Float
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+CT_AIR = -1.0
+"""What fills the volume where a movement uncovers it: air, the bottom of model space."""
+
+
+@dataclass(frozen=True)
+class RegistrationJitter:
+    """Random rigid misregistration of a training draw.
+
+    With ``probability``, a shift uniform in ±``max_mm`` along each axis and a rotation uniform in
+    ±``max_deg`` about each axis (in the order of TorchIO's ``RandomAffine``); else none.
+    """
+
+    max_mm: float | int = 2.0
+    max_deg: float | int = 2.0
+    probability: float | int = 0.5
+
+    def __post_init__(self) -> None:
+        if self.max_mm < 0 or self.max_deg < 0 or not 0 <= self.probability <= 1:
+            raise ValueError(
+                "expected max_mm and max_deg of at least 0 and a probability in [0, 1], got "
+                f"{self.max_mm}, {self.max_deg} and {self.probability}"
+            )
+
+    def draw(self, generator: torch.Generator) -> Float[Tensor, "4 4"]:
+        """The matrix of one draw. The generator advances equally whether or not it moves."""
+        moves = torch.rand((), generator=generator, dtype=torch.float64) < self.probability
+        uniform = 2 * torch.rand(6, generator=generator, dtype=torch.float64) - 1
+        if not moves:
+            return torch.eye(4, dtype=torch.float64)
+        degrees, shift_mm = uniform[:3] * self.max_deg, uniform[3:] * self.max_mm
+        return _homogeneous(_from_torchio_degrees(degrees.tolist()), shift_mm.numpy())
+
+
+def fixed_misregistration(
+    case_id: str, amplitude_mm: float | int, amplitude_deg: float | int, seed: int = 0
+) -> Float[Tensor, "4 4"]:
+    """A shift of exactly ``amplitude_mm`` and a turn of exactly ``amplitude_deg`` for evaluation.
+
+    Direction and axis are uniform on the sphere and depend on seed and case alone: the same for
+    every method and for every amplitude, so that a curve over amplitude follows one direction.
+    """
+    digest = hashlib.sha256(f"{seed}/{case_id}".encode()).digest()
+    random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    direction, axis = (v / np.linalg.norm(v) for v in random.standard_normal((2, 3)))
+    rotation = Rotation.from_rotvec(np.radians(amplitude_deg) * axis)
+    return _homogeneous(rotation, amplitude_mm * direction)
+
+
+def move(
+    volume: Float[Tensor, "1 d h w"],
+    matrix: Float[Tensor, "4 4"],
+    spacing_mm: Sequence[float | int],
+    fill: float | int = CT_AIR,
+) -> Float[Tensor, "1 d h w"]:
+    """The volume with what lay at p now at A p, trilinear; ``fill`` comes in from outside.
+
+    Args:
+        matrix: a rigid movement, or a similarity (rotation, one scale, shift), about the centre.
+    """
+    if torch.equal(matrix, torch.eye(4, dtype=matrix.dtype)):
+        return volume
+    affine = np.diag([*spacing_mm, 1.0])
+    image = tio.ScalarImage(tensor=volume, affine=affine)
+    return _torchio_affine(matrix, fill)(image).data
+
+
+def move_mask(
+    mask: Bool[Tensor, "1 d h w"], matrix: Float[Tensor, "4 4"], spacing_mm: Sequence[float | int]
+) -> Bool[Tensor, "1 d h w"]:
+    """A mask moved like ``move``: interpolated and cut at one half.
+
+    Nearest-neighbour sampling would keep masks still for shifts under half a (thick) slice.
+    """
+    if torch.equal(matrix, torch.eye(4, dtype=matrix.dtype)):
+        return mask
+    return move(mask.float(), matrix, spacing_mm, fill=0.0) > 0.5
+
+
+def about_another_centre(
+    matrix: Float[Tensor, "4 4"], centre_mm: Float[Tensor, " 3"]
+) -> Float[Tensor, "4 4"]:
+    """The same movement written about a centre that lies at ``centre_mm`` from the old one.
+
+    A patch needs this: the matrix of a batch is about the centre of the patch's own grid.
+    """
+    shift = torch.eye(4, dtype=matrix.dtype)
+    shift[:3, 3] = centre_mm
+    back = torch.eye(4, dtype=matrix.dtype)
+    back[:3, 3] = -centre_mm
+    return back @ matrix @ shift
+
+
+def _torchio_affine(matrix: Float[Tensor, "4 4"], fill: float) -> tio.Affine:
+    linear, shift_mm = matrix[:3, :3].double().numpy(), matrix[:3, 3].double().numpy()
+    scale = float(np.cbrt(np.linalg.det(linear)))
+    assert np.allclose(linear @ linear.T, scale**2 * np.eye(3), atol=1e-5), "not a similarity"
+    about_z, about_x, about_y = Rotation.from_matrix(linear / scale).as_euler("ZXY", degrees=True)
+    return tio.Affine(
+        scales=(scale, scale, scale),
+        degrees=(about_x, about_y, about_z),
+        translation=tuple((shift_mm / scale).tolist()),  # TorchIO scales after it shifts
+        center="image",
+        default_pad_value=fill,
+        image_interpolation="linear",
+    )
+
+
+def _from_torchio_degrees(degrees: Sequence[float]) -> Rotation:
+    """TorchIO turns about the second axis first, then the first, then the third (ITK Euler)."""
+    about_x, about_y, about_z = degrees
+    return Rotation.from_euler("ZXY", [about_z, about_x, about_y], degrees=True)
+
+
+def _homogeneous(rotation: Rotation, shift_mm: Float[np.ndarray, " 3"]) -> Float[Tensor, "4 4"]:
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[:3, :3] = torch.from_numpy(rotation.as_matrix())
+    matrix[:3, 3] = torch.from_numpy(np.asarray(shift_mm))
+    return matrix

@@ -1,0 +1,462 @@
+"""Study folders as batches: jittered training draws, and evaluation at fixed misregistration."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from clinfuse.data.augmentation import (
+    Augmentation,
+    AugmentationDraw,
+    mirrored,
+    with_gamma,
+    with_noise,
+)
+from clinfuse.data.jitter import (
+    CT_AIR,
+    RegistrationJitter,
+    about_another_centre,
+    fixed_misregistration,
+    move,
+    move_mask,
+)
+from clinfuse.data.splits import SPLITS, Splits, check_splits, make_splits, read_splits
+from clinfuse.data.studies import Study, load_study, patient_of, reference_of, study_folders
+from clinfuse.functional.intensity import CtMap
+from clinfuse.types import FusionBatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One training draw: which study, and the seed of everything random in it."""
+
+    case: int
+    seed: int
+
+
+class DrawSampler(Sampler[Draw]):
+    """The draws of an epoch, a pure function of (seed, epoch, index).
+
+    Cases come in shuffled passes that continue across epochs, so that however many draws an epoch
+    has, no case is drawn twice more often than another. Lightning calls ``set_epoch``: a resumed
+    epoch repeats its draws exactly.
+    """
+
+    def __init__(self, cases: int, draws_per_epoch: int, seed: int) -> None:
+        self.cases, self.draws_per_epoch, self.seed = cases, draws_per_epoch, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.draws_per_epoch
+
+    def __iter__(self) -> Iterator[Draw]:
+        for index in range(self.draws_per_epoch):
+            turn, place = divmod(self.epoch * self.draws_per_epoch + index, self.cases)
+            order = np.random.default_rng([self.seed, turn]).permutation(self.cases)
+            yield Draw(int(order[place]), _seed_of(self.seed, self.epoch, index))
+
+
+class TrainingDraws(Dataset[FusionBatch]):
+    """Studies as random training items, indexed by ``Draw``."""
+
+    def __init__(
+        self,
+        studies: Sequence[Study],
+        jitter: RegistrationJitter | None,
+        augmentation: Augmentation | None,
+        patch_shape: Sequence[int] | None = None,
+    ) -> None:
+        self.studies, self.jitter, self.augmentation = studies, jitter, augmentation
+        self.patch_shape = patch_shape
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, draw: Draw) -> FusionBatch:
+        generator = torch.Generator().manual_seed(draw.seed)
+        study = self.studies[draw.case]
+        varied = (self.augmentation or NO_AUGMENTATION).draw(generator)
+        misregistration = (self.jitter or NO_JITTER).draw(generator)
+        item = study_item(study, misregistration, varied)
+        if self.patch_shape is not None:
+            item = random_patch(item, self.patch_shape, generator)
+        item.mri = with_noise(item.mri[0], varied.mri_noise, generator)[None]
+        item.ct = with_noise(item.ct[0], varied.ct_noise, generator)[None]
+        return item
+
+
+class Misregistered(Dataset[FusionBatch]):
+    """Whole studies, unaugmented, each moved by its own fixed direction at one amplitude."""
+
+    def __init__(
+        self,
+        studies: Sequence[Study],
+        amplitude_mm: float | int,
+        amplitude_deg: float | int,
+        seed: int,
+    ) -> None:
+        self.studies, self.seed = studies, seed
+        self.amplitude_mm, self.amplitude_deg = amplitude_mm, amplitude_deg
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, index: int) -> FusionBatch:
+        study = self.studies[index]
+        return study_item(
+            study,
+            fixed_misregistration(study.case_id, self.amplitude_mm, self.amplitude_deg, self.seed),
+        )
+
+
+NO_AUGMENTATION = Augmentation(0, 0, 0, 0, 0, 0, 0)
+NO_JITTER = RegistrationJitter(0, 0, 0)
+
+
+def study_item(
+    study: Study,
+    misregistration: Float[Tensor, "4 4"],
+    varied: AugmentationDraw | None = None,
+) -> FusionBatch:
+    """A batch of one study: everything augmented alike, then CT and bone mask moved on their own.
+
+    What the network sees of the CT is interpolated once: augmentation and misregistration are one
+    TorchIO transform. The pseudo-reference is composed anew from the augmented clean pair; a
+    reference that the study ships is moved along, and its contrast (gamma) then left alone.
+    """
+    varied = varied or NO_AUGMENTATION.draw(torch.Generator())
+    spacing_mm, matrix = study.spacing_mm, varied.matrix
+    gamma = 1.0 if study.has_own_reference else varied.gamma
+    turn = mirrored if varied.flips else lambda volume: volume
+    moved_matrix = misregistration @ matrix
+
+    def image(volume: Tensor, by: Tensor = matrix, fill: float = CT_AIR) -> Tensor:
+        return move(turn(volume), by, spacing_mm, fill)
+
+    def masks(roi: Tensor, by: Tensor = matrix) -> Tensor:
+        return torch.cat([move_mask(turn(mask[None]), by, spacing_mm) for mask in roi])
+
+    clean_mri = with_gamma(image(study.clean_mri), gamma)
+    mri = clean_mri if study.mri is study.clean_mri else with_gamma(image(study.mri), gamma)
+    clean_ct = image(study.clean_ct)
+    clean_roi = masks(study.roi)
+    is_still = torch.equal(misregistration, torch.eye(4, dtype=misregistration.dtype))
+    ct = clean_ct if is_still and study.ct is study.clean_ct else image(study.ct, moved_matrix)
+    bone = clean_roi[1:2] if is_still else masks(study.roi[1:2], moved_matrix)
+    far_mm = float(study.lesion_distance_mm.max())
+    distance_mm = image(study.lesion_distance_mm, fill=far_mm)
+    unchanged = not varied.flips and torch.equal(matrix, torch.eye(4, dtype=matrix.dtype))
+    if study.has_own_reference or (unchanged and gamma == 1):
+        reference = image(study.reference)
+    else:
+        findings = masks(study.findings) if study.findings.any() else study.findings
+        reference = reference_of(
+            clean_ct, clean_mri, clean_roi[1:2], findings, spacing_mm, study.ct_map
+        )
+    return FusionBatch(
+        mri=mri[None],
+        ct=ct[None],
+        roi=torch.cat((clean_roi[:1], bone, clean_roi[2:]))[None],
+        spacing_mm=torch.tensor([spacing_mm]),
+        case_id=[study.case_id],
+        reference=reference[None],
+        clean_mri=clean_mri[None],
+        clean_ct=clean_ct[None],
+        clean_roi=clean_roi[None],
+        lesion_distance_mm=(distance_mm * varied.scale if study.lesion.any() else distance_mm)[
+            None
+        ],
+        misregistration=misregistration.float()[None],
+    )
+
+
+def random_patch(
+    item: FusionBatch, shape: Sequence[int], generator: torch.Generator
+) -> FusionBatch:
+    """A patch (d, h, w) around a random voxel of brain or bone, padded where the study is smaller.
+
+    Padding is air, no mask, and the border's distance. The misregistration is written about the
+    patch's own centre.
+    """
+    item = _padded(item, shape)
+    size = item.mri.shape[2:]
+    assert item.clean_roi is not None
+    tissue = item.clean_roi[0, :2].any(0).flatten().nonzero()[:, 0]
+    chosen = int(tissue[torch.randint(len(tissue), (), generator=generator)])
+    around = np.unravel_index(chosen, tuple(size))
+    start = [
+        min(max(int(centre) - patch // 2, 0), whole - patch)
+        for centre, patch, whole in zip(around, shape, size, strict=True)
+    ]
+    return _window(item, start, shape)
+
+
+def collate_batches(items: Sequence[FusionBatch]) -> FusionBatch:
+    """Batches of one as one batch.
+
+    Raises:
+        ValueError: cases of different sizes, which need patches or a batch size of one.
+    """
+    shapes = {tuple(item.mri.shape[2:]) for item in items}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"expected cases of one size in a batch, got {sorted(shapes)}: "
+            "set patch_shape, or a batch size of 1"
+        )
+    values: dict[str, Any] = {}
+    for field in fields(FusionBatch):
+        parts = [getattr(item, field.name) for item in items]
+        if field.name == "case_id":
+            values[field.name] = [case for part in parts for case in part]
+        else:
+            values[field.name] = None if parts[0] is None else torch.cat(parts)
+    return FusionBatch(**values)
+
+
+class PairedVolumes(lightning.LightningDataModule):
+    """A cohort of MRI-CT study folders, split by patient.
+
+    Args:
+        root: folder of study folders, perhaps with ``splits.json``.
+        batch_size: of training; evaluation takes one case at a time.
+        draws_per_epoch: training items in an epoch; default one for each training case.
+        jitter: misregistration of training draws; None for none.
+        augmentation: variation of training draws; None for none.
+        patch_shape: (d, h, w) of random training patches; None trains on whole studies.
+        ct_map: how HU become model space.
+        misregistration_mm: amplitudes of ``test_dataloader``, one loader each.
+        val_misregistration_mm: the amplitude of ``val_dataloader``.
+        misregistration_deg_per_mm: rotation that goes with each millimetre of shift.
+        num_workers: processes that draw; the draws are the same for any number.
+        seed: of draws.
+        misregistration_seed: of the directions of fixed misregistration. Apart from ``seed``, so
+            that runs of several seeds are evaluated on the same inputs.
+        splits: case ids of train, val and test; default those of the root, else 70/15/15 by
+            patient with seed 42 (kept in this object and the run's record, never written to root).
+        prepare: called with the root before anything is read, to fill it: phantoms. It leaves
+            alone what is there already.
+        cache_dir: where segmented masks are kept; None segments at every start.
+        resample_mm: voxel size (d, h, w) to resample to on loading.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        batch_size: int = 1,
+        draws_per_epoch: int | None = None,
+        jitter: RegistrationJitter | None = None,
+        augmentation: Augmentation | None = None,
+        patch_shape: Sequence[int] | None = None,
+        ct_map: CtMap = "piecewise",
+        misregistration_mm: Sequence[float | int] = (0.0, 1.0, 2.0, 3.0, 4.0),
+        val_misregistration_mm: float | int = 2.0,
+        misregistration_deg_per_mm: float | int = 1.0,
+        num_workers: int = 0,
+        seed: int = 42,
+        misregistration_seed: int = 0,
+        splits: Mapping[str, Sequence[str]] | None = None,
+        prepare: Callable[[Path], Any] | None = None,
+        cache_dir: Path | str | None = None,
+        resample_mm: Sequence[float | int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.root, self.batch_size, self.draws_per_epoch = Path(root), batch_size, draws_per_epoch
+        self.jitter, self.augmentation, self.patch_shape = jitter, augmentation, patch_shape
+        self.ct_map, self.cache_dir, self.resample_mm = ct_map, cache_dir, resample_mm
+        self.misregistration_mm = tuple(misregistration_mm)
+        self.val_misregistration_mm = val_misregistration_mm
+        self.misregistration_deg_per_mm = misregistration_deg_per_mm
+        self.misregistration_seed = misregistration_seed
+        self.num_workers, self.seed, self.prepare = num_workers, seed, prepare
+        self._asked_splits = splits
+        self._splits: Splits | None = None
+        self._splits_source = ""
+        self._studies: dict[str, Study] = {}
+
+    @property
+    def splits(self) -> Splits:
+        """Case ids of train, val and test."""
+        if self._splits is None:
+            self._splits, self._splits_source = self._find_splits()
+        return self._splits
+
+    def prepare_data(self) -> None:
+        if self.prepare is not None:
+            self.prepare(self.root)
+
+    def setup(self, stage: str | None = None) -> None:
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in needed.get(stage or "", SPLITS):
+            self.studies(split)
+
+    def studies(self, split: str) -> list[Study]:
+        """The studies of one of train, val and test, read on first use and then kept in memory."""
+        return [self.study(case) for case in self.splits[split]]
+
+    def study(self, case_id: str) -> Study:
+        """One study by its folder's name."""
+        if case_id not in self._studies:
+            self._studies[case_id] = load_study(
+                self.root / case_id, self.ct_map, self.cache_dir, self.resample_mm
+            )
+        return self._studies[case_id]
+
+    def train_dataloader(self) -> DataLoader:
+        studies = self.studies("train")
+        if not studies:
+            raise ValueError(f"expected training cases, got none: {self.root}")
+        draws = self.draws_per_epoch or len(studies)
+        return DataLoader(
+            TrainingDraws(studies, self.jitter, self.augmentation, self.patch_shape),
+            batch_size=self.batch_size,
+            sampler=DrawSampler(len(studies), draws, self.seed),
+            collate_fn=collate_batches,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=_one_thread,
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        return self.val_batches(self.val_misregistration_mm)
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return [self.test_batches(amplitude_mm) for amplitude_mm in self.misregistration_mm]
+
+    def val_batches(self, amplitude_mm: float | int) -> DataLoader:
+        """Validation cases one by one, moved by ``amplitude_mm``."""
+        return self._misregistered("val", amplitude_mm)
+
+    def test_batches(self, amplitude_mm: float | int) -> DataLoader:
+        """Test cases one by one, moved by ``amplitude_mm``."""
+        return self._misregistered("test", amplitude_mm)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts of the cohort for the run's record; studies not read yet are read."""
+        studies = [study for split in SPLITS for study in self.studies(split)]
+        sources = {
+            roi: {
+                source: [s.case_id for s in studies if s.mask_source[roi] == source]
+                for source in sorted({s.mask_source[roi] for s in studies})
+            }
+            for roi in ("brain", "bone", "lesion")
+        }
+        return {
+            "root": str(self.root),
+            "splits": {split: list(cases) for split, cases in self.splits.items()},
+            "splits_source": self._splits_source,
+            "cases": {split: len(cases) for split, cases in self.splits.items()},
+            "shapes_dhw": sorted({tuple(s.mri.shape[1:]) for s in studies}),
+            "spacings_mm_dhw": sorted({tuple(round(x, 3) for x in s.spacing_mm) for s in studies}),
+            "ct_units": sorted({s.ct_units for s in studies}),
+            "ct_maps": sorted({s.ct_map for s in studies}),
+            "mask_sources": sources,
+            "cases_with_lesion": sum(bool(s.roi[2].any()) for s in studies),
+            "cases_with_findings": sum(bool(s.findings.any()) for s in studies),
+            "cases_with_clean_pair": sum(s.has_clean_pair for s in studies),
+            "cases_with_own_reference": sum(s.has_own_reference for s in studies),
+        }
+
+    def write_splits(self, path: Path | str) -> None:
+        """Record the case lists as ``splits.json`` that ``read_splits`` understands."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {**self.splits, "source": self._splits_source}
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.replace(path)
+
+    def _misregistered(self, split: str, amplitude_mm: float | int) -> DataLoader:
+        amplitude_deg = amplitude_mm * self.misregistration_deg_per_mm
+        return DataLoader(
+            Misregistered(
+                self.studies(split), amplitude_mm, amplitude_deg, self.misregistration_seed
+            ),
+            batch_size=1,
+            collate_fn=collate_batches,
+            num_workers=self.num_workers,
+            worker_init_fn=_one_thread,
+        )
+
+    def _find_splits(self) -> tuple[Splits, str]:
+        folders = {folder.name: folder for folder in study_folders(self.root)}
+        patients = {case: patient_of(folder) for case, folder in folders.items()}
+        if self._asked_splits is not None:
+            found = {split: list(self._asked_splits.get(split, ())) for split in SPLITS}
+            source = "the configuration"
+        elif (read := read_splits(self.root)) is not None:
+            found, source = read, str(self.root)
+        else:
+            found = make_splits(sorted(folders), patients)
+            source = "made: 70/15/15 by patient, seed 42"
+            log.info("%s has no splits file: 70/15/15 by patient, seed 42", self.root)
+        absent = sorted(case for split in SPLITS for case in found[split] if case not in folders)
+        if absent:
+            raise FileNotFoundError(f"expected a folder for each case of {source}, no {absent}")
+        check_splits(found, patients, source)
+        unused = sorted(set(folders) - {case for split in SPLITS for case in found[split]})
+        if unused:
+            log.info("in no split and not used: %s", ", ".join(unused))
+        return found, source
+
+
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _one_thread(_worker: int) -> None:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _padded(item: FusionBatch, shape: Sequence[int]) -> FusionBatch:
+    lacking = [max(p - n, 0) for p, n in zip(shape, item.mri.shape[2:], strict=True)]
+    if not any(lacking):
+        return item
+    before = [n // 2 for n in lacking]
+    sides = [(b, n - b) for n, b in zip(lacking, before, strict=True)]
+    padding = [side for pair in reversed(sides) for side in pair]  # F.pad: the last axis first
+    values: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
+    for name, value in values.items():
+        if name == "lesion_distance_mm":
+            values[name] = F.pad(value, padding, mode="replicate")
+        elif _is_volume(value):
+            fill = False if value.dtype == torch.bool else CT_AIR
+            values[name] = F.pad(value, padding, value=fill)
+    return _recentred(FusionBatch(**values), item, [-b for b in before])
+
+
+def _window(item: FusionBatch, start: Sequence[int], shape: Sequence[int]) -> FusionBatch:
+    where = (..., *(slice(s, s + n) for s, n in zip(start, shape, strict=True)))
+    values: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
+    cut = {name: v[where].contiguous() for name, v in values.items() if _is_volume(v)}
+    return _recentred(FusionBatch(**{**values, **cut}), item, start)
+
+
+def _is_volume(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 5
+
+
+def _recentred(cut: FusionBatch, whole: FusionBatch, start: Sequence[int]) -> FusionBatch:
+    """The misregistration about the centre of a window that starts at ``start`` of the whole."""
+    assert whole.misregistration is not None
+    pairs = zip(start, cut.mri.shape[2:], whole.mri.shape[2:], strict=True)
+    voxels = torch.tensor([s + (n - 1) / 2 - (m - 1) / 2 for s, n, m in pairs], dtype=torch.float64)
+    centre_mm = voxels * whole.spacing_mm[0].double()
+    matrix = about_another_centre(whole.misregistration[0].double(), centre_mm)
+    cut.misregistration = matrix.float()[None]
+    return cut

@@ -1,0 +1,378 @@
+"""One patient's study folder, read, checked, brought into model space and held in memory."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clinfuse.data.volumes import (
+    Grid,
+    Volume,
+    check_one_grid,
+    read_volume,
+    resize,
+    resized_shape,
+    write_volume,
+)
+from clinfuse.functional.composite import composite
+from clinfuse.functional.intensity import (
+    CtMap,
+    ct_from_model,
+    ct_to_model,
+    looks_like_hu,
+    mri_from_model,
+    mri_to_model,
+)
+from clinfuse.functional.surface import signed_distance_mm
+from clinfuse.roi import masks
+from clinfuse.roi.findings import ct_dense_findings
+from clinfuse.roi.masks import bone_mask, brain_mask, head_mask
+from clinfuse.types import ROI_NAMES
+
+log = logging.getLogger(__name__)
+
+MaskSource = Literal["file", "segmented", "absent"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """An MRI-CT pair with its regions of interest, in model space and tensor order.
+
+    Attributes:
+        case_id: name of the folder.
+        patient_id: ``patient`` of ``study.json``, else the case itself.
+        mri: MRI, in [-1, 1].
+        ct: CT, in [-1, 1].
+        roi: masks in ``ROI_NAMES`` order.
+        findings: haemorrhage and calcification in the brain that only CT shows; none unless HU.
+        clean_mri: noise-free MRI; the MRI itself where the folder has no ``clean_mri``.
+        clean_ct: noise-free CT; the CT itself where the folder has no ``clean_ct``.
+        reference: the fused volume to aim at: ``reference`` of the folder, else the composite.
+        has_own_reference: whether the folder ships it.
+        lesion_distance_mm: signed, negative inside; a large constant without a lesion.
+        spacing_mm: voxel size, (d, h, w).
+        ct_map: how CT units became model space.
+        mri_limits: MRI intensities that became -1 and 1.
+        mask_source: for each ROI, whether the mask was read, segmented from CT, or is absent.
+        grid: stored grid of the MRI file, for writing back.
+    """
+
+    case_id: str
+    patient_id: str
+    mri: Float[Tensor, "1 d h w"]
+    ct: Float[Tensor, "1 d h w"]
+    roi: Bool[Tensor, "3 d h w"]
+    findings: Bool[Tensor, "1 d h w"]
+    clean_mri: Float[Tensor, "1 d h w"]
+    clean_ct: Float[Tensor, "1 d h w"]
+    reference: Float[Tensor, "1 d h w"]
+    has_own_reference: bool
+    lesion_distance_mm: Float[Tensor, "1 d h w"]
+    spacing_mm: tuple[float, float, float]
+    ct_map: CtMap
+    mri_limits: tuple[float, float]
+    mask_source: Mapping[str, MaskSource]
+    grid: Grid
+
+    @property
+    def lesion(self) -> Bool[Tensor, "1 d h w"]:
+        """The lesion mask, empty where there is none."""
+        return self.roi[2:3]
+
+    @property
+    def ct_units(self) -> str:
+        """What a CT value was before model space: "HU" or "8-bit window"."""
+        return "8-bit window" if self.ct_map == "window_8bit" else "HU"
+
+    @property
+    def has_clean_pair(self) -> bool:
+        """Whether the folder ships a noise-free image besides what it gives as input."""
+        return self.clean_mri is not self.mri or self.clean_ct is not self.ct
+
+    def write(self, path: Path | str, volume: Tensor, units: str = "model") -> None:
+        """Write a volume of this study onto the grid its MRI was stored on.
+
+        Args:
+            volume: ``1 d h w``, float in model space or a mask.
+            units: "model" writes [-1, 1] as it is, "mri" and "ct" the scanner's units.
+        """
+        to_units: dict[str, Callable[[Tensor], Tensor]] = {
+            "model": lambda v: v,
+            "mri": lambda v: mri_from_model(v, self.mri_limits),
+            "ct": lambda v: ct_from_model(v, self.ct_map),
+        }
+        if units not in to_units:
+            raise ValueError(f"expected units of {list(to_units)}, got {units!r}")
+        volume = volume.detach().cpu()
+        array = (volume if volume.dtype == torch.bool else to_units[units](volume.float()))[0]
+        write_volume(path, _resized(array.numpy(), self.grid.shape_dhw), self.grid)
+
+
+def load_study(
+    folder: Path | str,
+    ct_map: CtMap = "piecewise",
+    cache_dir: Path | str | None = None,
+    resample_mm: Sequence[float | int] | None = None,
+) -> Study:
+    """Read and check a study folder, and segment brain and bone from CT where masks are missing.
+
+    The folder holds ``mri`` and ``ct``, optionally ``brain_mask``, ``bone_mask``, ``lesion_mask``,
+    ``reference`` (in model space) and the noise-free ``clean_mri`` and ``clean_ct``, each as
+    ``.nii.gz`` or ``.nii`` and all on one grid. It is never written to.
+
+    Args:
+        ct_map: for CT in HU. CT that is an 8-bit window (0..255) is always mapped as one.
+        cache_dir: keeps segmented masks between runs; None segments them every time.
+        resample_mm: voxel size (d, h, w) to resample to, linearly; the grid's field of view is
+            kept, so that sizes come out as near to it as whole voxels allow.
+
+    Raises:
+        FileNotFoundError: no folder, MRI or CT.
+        ValueError: a file that cannot be used (see ``read_volume``), grids that differ, uniform
+            images, an empty brain or bone mask, CT in unknown units.
+    """
+    folder = Path(folder)
+    volumes = _read(folder)
+    mri, ct = volumes["mri"], volumes["ct"]
+    is_hu = _is_hu(ct)
+    cache = None if cache_dir is None else Path(cache_dir) / "masks"
+    roi_masks, sources = _masks(folder, volumes, is_hu, cache)
+
+    shape = resized_shape(mri, resample_mm) if resample_mm else mri.array.shape
+    spacing_mm = tuple(
+        old * n / new for old, n, new in zip(mri.spacing_mm, mri.array.shape, shape, strict=True)
+    )
+    images = {name: _tensor(_resized(v.array, shape)) for name, v in volumes.items()}
+    roi = torch.cat([_tensor(_resized(roi_masks[name], shape)) for name in ROI_NAMES])
+
+    head = _tensor(_resized(head_mask(mri.array), shape))
+    units: CtMap = ct_map if is_hu else "window_8bit"
+    mri_model, limits = mri_to_model(images["mri"], head)
+    ct_model = ct_to_model(images["ct"], units)
+    clean_ct_units = images.get("clean_ct", images["ct"])
+    clean = {
+        "clean_mri": _scaled(images["clean_mri"], limits) if "clean_mri" in images else mri_model,
+        "clean_ct": ct_to_model(clean_ct_units, units) if "clean_ct" in images else ct_model,
+    }
+    findings = torch.zeros_like(roi[:1])
+    if is_hu:
+        found = ct_dense_findings(clean_ct_units[0].numpy(), roi[0].numpy(), spacing_mm)
+        findings = _tensor(found)
+    reference = images.get("reference")
+    if reference is None:
+        reference = reference_of(
+            clean["clean_ct"], clean["clean_mri"], roi[1:2], findings, spacing_mm, units
+        )
+    return Study(
+        case_id=folder.name,
+        patient_id=_patient(folder),
+        mri=mri_model,
+        ct=ct_model,
+        roi=roi,
+        findings=findings,
+        **clean,
+        reference=reference,
+        has_own_reference="reference" in images,
+        lesion_distance_mm=signed_distance_mm(roi[None, 2:3], spacing_mm)[0].float(),
+        spacing_mm=spacing_mm,
+        ct_map=units,
+        mri_limits=limits,
+        mask_source=sources,
+        grid=mri.grid,
+    )
+
+
+def reference_of(
+    clean_ct: Float[Tensor, "1 d h w"],
+    clean_mri: Float[Tensor, "1 d h w"],
+    bone: Bool[Tensor, "1 d h w"],
+    findings: Bool[Tensor, "1 d h w"],
+    spacing_mm: Sequence[float | int],
+    ct_map: CtMap,
+) -> Float[Tensor, "1 d h w"]:
+    """The pseudo-reference of one registered, clean pair (method, §3)."""
+    return composite(
+        clean_ct[None],
+        clean_mri[None],
+        bone[None],
+        findings[None] if findings.any() else None,
+        spacing_mm=tuple(spacing_mm),
+        ct_map=ct_map,
+    )[0]
+
+
+def study_folders(root: Path | str) -> list[Path]:
+    """Folders of a cohort that hold a study, by name.
+
+    A folder counts when it has an ``mri`` or a ``ct``: one that lacks the other is an error to
+    report on loading, not a folder to pass over.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"expected a folder of studies, found no folder at {root}")
+    folders = [
+        folder
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and (_file(folder, "mri") or _file(folder, "ct"))
+    ]
+    if not folders:
+        raise FileNotFoundError(
+            f"expected study folders with mri.nii.gz and ct.nii.gz, found none in {root}"
+        )
+    return folders
+
+
+def patient_of(folder: Path | str) -> str:
+    """The patient a study folder belongs to: ``patient`` in its ``study.json``, else its name."""
+    return _patient(Path(folder))
+
+
+def _read(folder: Path) -> dict[str, Volume]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a study folder, found none at {folder}")
+    volumes = {}
+    for name in ("mri", "ct"):
+        path = _file(folder, name)
+        if path is None:
+            raise FileNotFoundError(f"expected {name}.nii.gz, found none in {folder}")
+        volumes[name] = read_volume(path)
+    for name in ("clean_mri", "clean_ct", "reference"):
+        if path := _file(folder, name):
+            volumes[name] = read_volume(path)
+    for volume in volumes.values():
+        check_one_grid(volumes["mri"], volume)
+        if volume.array.min() == volume.array.max():
+            value = volume.array.flat[0]
+            raise ValueError(f"expected an image, got {value:g} in every voxel: {volume.path}")
+    if "reference" in volumes:
+        _check_model_space(volumes["reference"])
+    return volumes
+
+
+def _check_model_space(reference: Volume) -> None:
+    low, high = reference.array.min(), reference.array.max()
+    if low < -1.001 or high > 1.001:
+        raise ValueError(
+            f"expected a reference in model space [-1, 1], got [{low:g}, {high:g}]: "
+            f"{reference.path}"
+        )
+
+
+def _is_hu(ct: Volume) -> bool:
+    if looks_like_hu(torch.from_numpy(ct.array)):
+        return True
+    low, high = ct.array.min(), ct.array.max()
+    if low < 0 or high > 255:
+        raise ValueError(
+            "expected CT in HU (air near -1000) or in an 8-bit window (0 to 255), "
+            f"got {low:g} to {high:g}: {ct.path}"
+        )
+    return False
+
+
+def _masks(
+    folder: Path, volumes: Mapping[str, Volume], is_hu: bool, cache: Path | None
+) -> tuple[dict[str, np.ndarray], dict[str, MaskSource]]:
+    mri, ct = volumes["mri"], volumes["ct"]
+    read = {name: _read_mask(folder, name, mri) for name in ROI_NAMES}
+    lacking = [name for name in ("brain", "bone") if read[name] is None]
+    if lacking:
+        log.info("%s has no %s mask: segmented from CT", folder.name, " and no ".join(lacking))
+    sources: dict[str, MaskSource] = {
+        name: "file" if mask is not None else "absent" if name == "lesion" else "segmented"
+        for name, mask in read.items()
+    }
+    bone, brain, lesion = read["bone"], read["brain"], read["lesion"]
+    if bone is None:
+        bone = _segmented(
+            "bone", lambda: bone_mask(ct.array, ct.spacing_mm, is_hu), ct, None, cache
+        )
+    if brain is None:
+        skull = bone
+        brain = _segmented(
+            "brain", lambda: brain_mask(ct.array, skull, ct.spacing_mm), ct, skull, cache
+        )
+    if lesion is None:
+        lesion = np.zeros(mri.array.shape, bool)
+    return {"brain": brain, "bone": bone, "lesion": lesion}, sources
+
+
+def _read_mask(folder: Path, name: str, mri: Volume) -> np.ndarray | None:
+    path = _file(folder, f"{name}_mask")
+    if path is None:
+        return None
+    volume = read_volume(path)
+    check_one_grid(mri, volume)
+    mask = volume.array > 0.5
+    if name != "lesion" and not mask.any():
+        raise ValueError(f"expected a {name} mask with voxels in it, got an all-zero one: {path}")
+    return mask
+
+
+def _segmented(
+    name: str,
+    segment: Callable[[], np.ndarray],
+    ct: Volume,
+    bone: np.ndarray | None,
+    cache: Path | None,
+) -> np.ndarray:
+    """The mask, from the cache if the CT, the bone mask and the code that makes it are the same."""
+    kept = None
+    if cache is not None:
+        inputs = [ct.array.tobytes(), ct.affine.tobytes(), Path(masks.__file__).read_bytes()]
+        inputs += [] if bone is None else [bone.tobytes()]
+        digest = hashlib.sha256(b"".join(inputs)).hexdigest()[:12]
+        kept = cache / f"{ct.path.parent.name}-{digest}" / f"{name}_mask.nii.gz"
+        if kept.is_file():
+            return read_volume(kept).array > 0.5
+    mask = segment()
+    if not mask.any():
+        raise ValueError(
+            f"expected to find {name} in the CT, segmented no voxel; add {name}_mask.nii.gz "
+            f"to the folder: {ct.path}"
+        )
+    if kept is not None:
+        write_volume(kept, mask, ct)
+    return mask
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    candidates = (folder / f"{name}.nii.gz", folder / f"{name}.nii")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _patient(folder: Path) -> str:
+    path = folder / "study.json"
+    if not path.is_file():
+        return folder.name
+    try:
+        facts = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected JSON, got {error}: {path}") from error
+    return str(facts.get("patient", folder.name)) if isinstance(facts, dict) else folder.name
+
+
+def _scaled(mri: Float[Tensor, "1 d h w"], limits: tuple[float, float]) -> Float[Tensor, "1 d h w"]:
+    """Another image in the units of the MRI, mapped by the MRI's limits."""
+    low, high = limits
+    return (2 * (mri - low) / (high - low) - 1).clamp(-1, 1)
+
+
+def _resized(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    if array.shape == tuple(shape):
+        return array
+    if array.dtype == bool:
+        return resize(array.astype(np.float32), shape) > 0.5
+    return resize(array, shape)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))[None]

@@ -1,0 +1,1 @@
+"""Diffusion maths without a network: levels, the forward process, guidance and samplers."""

@@ -1,0 +1,117 @@
+"""Score trained runs and rules on the same perturbed cases: ``python -m clinfuse.evaluate run=RUN``."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from clinfuse.callbacks.recorder import CaseRecorder
+from clinfuse.configuration import (
+    CONFIG_PATH,
+    choice_was_made,
+    in_one_sentence,
+    quiet_libraries,
+    register_resolvers,
+    run_config,
+    run_facts,
+    trained_method,
+)
+
+register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="evaluate")
+@in_one_sentence
+def main(cfg: DictConfig) -> None:
+    """Test every method named on the same cases; leave cases.csv, figures and report.html."""
+    quiet_libraries()
+    runs = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run or [])
+    methods = list(methods_of(cfg, runs))
+    if not methods:
+        raise ValueError(
+            "expected run=RUN_FOLDER, method=NAME or baselines=[NAMES], got none of them"
+        )
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = data_of(cfg, runs)
+    head = None if cfg.lesion_head is None else trained_method(cfg.lesion_head)
+    facts = {
+        "data": str(data.root),
+        "cases": f"{len(data.splits['test'])} test",
+        "runs": ", ".join(runs) or "none",
+        "mask source": cfg.mask_source,
+        **run_facts(),
+    }
+    recorder = CaseRecorder(
+        cfg.out,
+        preset=methods[0][1],
+        seed=cfg.seed,
+        method=methods[0][0],
+        mask_source=cfg.mask_source,
+        pictures=cfg.pictures,
+        pictures_at_mm=cfg.pictures_at_mm,
+        lesion_head=head,
+        facts=facts,
+        title="Evaluation: " + ", ".join(name for name, *_ in methods),
+    )
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=[recorder],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        _convert_="all",
+    )
+    for name, preset, method in methods:
+        recorder.method, recorder.preset = name, preset
+        print(f"scoring {name}", flush=True)
+        trainer.test(method, datamodule=data, verbose=False)
+    print(f"report: {recorder.write()}")
+
+
+def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """Name, preset and method of everything to score: runs, then ``method``, then baselines."""
+    for folder in runs:
+        saved = run_config(folder)
+        yield saved.method_name, saved.preset, trained_method(folder, saved)
+    names = [HydraConfig.get().runtime.choices.get("method"), *cfg.baselines]
+    for name in (name for name in names if name):
+        method = rule(name)
+        if method.is_trainable:
+            raise ValueError(
+                f"expected a method without weights, got {name}: name its run folder, run="
+            )
+        yield name, cfg.preset, method
+
+
+def rule(name: str) -> Any:
+    """A method that needs no training, by its configuration's name."""
+    folder = Path(CONFIG_PATH) / "method"
+    path = folder / f"{name}.yaml"
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"expected a method of {', '.join(known)}, got {name!r}")
+    configuration = OmegaConf.load(path)
+    if "defaults" in configuration or "optimizer" in configuration:
+        raise ValueError(
+            f"expected a method without weights, got {name}: name its run folder, run="
+        )
+    return instantiate(configuration, _convert_="all")
+
+
+def data_of(cfg: DictConfig, runs: Sequence[str]) -> Any:
+    """The cases to score: those of the first run unless the command line chooses others."""
+    own = runs and not choice_was_made("data")
+    data_cfg = run_config(runs[0]).data if own else cfg.data
+    amplitudes = [float(amplitude) for amplitude in cfg.misregistration_mm]
+    data = instantiate(data_cfg, misregistration_mm=amplitudes, _convert_="all")
+    data.prepare_data()
+    return data
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Stateless image maths on tensors."""

@@ -1,0 +1,73 @@
+"""Structural similarity with local Gaussian windows, over the whole image or a region."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clinfuse.functional.gaussian import gaussian_smooth
+from clinfuse.functional.regional import regional_mean
+from clinfuse.functional.spacing import SpacingMm, shared_spacing
+
+
+def ssim_map(
+    a: Float[Tensor, "b 1 *dhw"],
+    b: Float[Tensor, "b 1 *dhw"],
+    sigma: Sequence[float | int],
+    data_range: float = 2.0,
+) -> Float[Tensor, "b 1 *dhw"]:
+    """Local structural similarity around each voxel, in [-1, 1]; never clamped.
+
+    Wang et al. (2004), Eq. 13 with K1 = 0.01, K2 = 0.03 and population covariances, as
+    ``skimage.metrics.structural_similarity(gaussian_weights=True, use_sample_covariance=False)``.
+    Symmetric and differentiable in both images.
+
+    Args:
+        a: one image.
+        b: the other.
+        sigma: standard deviations of the window in voxels, one a spatial axis; below 0.2 the
+            window is one voxel wide along that axis.
+        data_range: width of the range of values, 2 in model space.
+    """
+    c_1, c_2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    moments = torch.cat((a, b, a * a + b * b, a * b), dim=1)
+    mean_a, mean_b, mean_squares, mean_product = gaussian_smooth(moments, sigma).split(1, dim=1)
+    squared_means, product = mean_a**2 + mean_b**2, mean_a * mean_b
+    luminance = (2 * product + c_1) / (squared_means + c_1)
+    contrast_structure = (2 * (mean_product - product) + c_2) / (mean_squares - squared_means + c_2)
+    return luminance * contrast_structure
+
+
+def ssim(
+    a: Float[Tensor, "b 1 *dhw"],
+    b: Float[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"],
+    spacing_mm: SpacingMm,
+    sigma_mm: float = 3.0,
+    data_range: float = 2.0,
+) -> Float[Tensor, " b"]:
+    """Mean of the local similarity at the mask's voxels; NaN where the mask is empty.
+
+    The SSIM(., . | M) of Eq. 2. Windows near the mask's border see beyond it, as they must for
+    the border itself to count.
+
+    Args:
+        a: one image.
+        b: the other.
+        mask: voxels to average over.
+        spacing_mm: voxel size, the same for all cases.
+        sigma_mm: standard deviation of the window, in mm in every direction.
+        data_range: width of the range of values, 2 in model space.
+    """
+    similarity = ssim_map(a, b, sigma_voxels(spacing_mm, sigma_mm), data_range)
+    return regional_mean(similarity, mask)
+
+
+def sigma_voxels(spacing_mm: SpacingMm, sigma_mm: float) -> tuple[float, ...]:
+    """A window's standard deviation in voxels along each axis.
+
+    Raises:
+        ValueError: if the cases of a batch have different spacings.
+    """
+    return tuple(sigma_mm / size for size in shared_spacing(spacing_mm))

@@ -1,0 +1,1 @@
+"""Training objectives: thin layers over ``functional``."""

@@ -1,0 +1,1 @@
+"""Fusion methods behind one interface, ours and every baseline alike."""

@@ -1,0 +1,99 @@
+"""What every fusion method is: something that fuses a batch, trained or not."""
+
+import math
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from clinfuse.types import FusionBatch
+
+
+class FusionMethod(LightningModule):
+    """Anything that fuses: a voxel rule, a regression, a diffusion model.
+
+    ``fuse`` is the whole contract. A method whose answer is a distribution also overrides
+    ``ensemble``; a method with weights also has a ``training_step``.
+    """
+
+    steps: int = 0
+    """Network evaluations per sample; 0 for a rule."""
+
+    @abstractmethod
+    def fuse(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
+        """The fused volumes, in model space [-1, 1], on the MRI's grid."""
+
+    def ensemble(self, batch: FusionBatch) -> Float[Tensor, "k b 1 *dhw"]:
+        """Draws from the method's predictive distribution; their mean is what ``fuse`` returns.
+
+        A deterministic method has one draw.
+        """
+        return self.fuse(batch)[None]
+
+    def test_step(self, batch: FusionBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The ensemble; callbacks score it."""
+        return self.ensemble(batch)
+
+    def validation_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
+        """The ensemble; callbacks score it."""
+        return self.ensemble(batch)
+
+    @property
+    def is_trainable(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+
+Optim = Callable[[Iterable[Any]], Optimizer]
+"""An optimiser but for its parameters: ``functools.partial(torch.optim.AdamW, lr=1e-4)``."""
+
+
+def warmup_cosine(step: int, start: int, end: int, warmup: int) -> float:
+    """Learning-rate factor: 0 before ``start``, linear to 1 over ``warmup`` steps, cosine to 0."""
+    if step < start or step >= end:
+        return 0.0
+    done = step - start
+    if done < warmup:
+        return (done + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(end - start - warmup, 1)))
+
+
+def staged_optimizer(
+    optimizer: Optim,
+    stages: Iterable[tuple[Iterable[Parameter], int, int]],
+    warmup_steps: int,
+) -> dict[str, Any]:
+    """One optimiser over several groups of weights, each trained from step ``start`` to ``end``.
+
+    Returns:
+        What ``LightningModule.configure_optimizers`` may return.
+    """
+    groups, factors = [], []
+    for parameters, start, end in stages:
+        groups.append({"params": list(parameters)})
+        warmup = min(warmup_steps, max((end - start) // 4, 1))
+        factors.append(_factor(start, end, warmup))
+    built = optimizer(groups)
+    scheduler = LambdaLR(built, factors)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _factor(start: int, end: int, warmup: int) -> Callable[[int], float]:
+    return lambda step: warmup_cosine(step, start, end, warmup)
+
+
+def case_generator(case_id: str, seed: int) -> torch.Generator:
+    """Randomness that belongs to a case: the same whatever is fused beside it, before or after."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{case_id}".encode()))
+
+
+def step_generator(step: int, seed: int) -> torch.Generator:
+    """Randomness that belongs to a training step, so that a resumed run repeats its losses."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/step {step}".encode()))

@@ -1,0 +1,94 @@
+"""The lesion head S^(F): learns to see lesions in a fused volume, then is frozen into L_ROI."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+
+from clinfuse.functional.surface import dice
+from clinfuse.methods.base import Optim, staged_optimizer, step_generator
+from clinfuse.methods.objective import reference_of
+from clinfuse.types import FusionBatch
+
+
+class LesionHead(LightningModule):
+    """Lesion probability from a fused volume.
+
+    Trained on references with Gaussian noise of random strength, so that it reads the estimates
+    x0_hat of a sampler too. Frozen afterwards (``requires_grad_(False)``), it still passes
+    gradients on to its input.
+
+    Args:
+        network: maps ``b 1 *dhw`` to one logit a voxel, sizes being multiples of ``multiple``.
+        optimizer: built but for its parameters.
+        max_noise: largest standard deviation of the noise, in model space.
+        warmup_steps: of the learning rate.
+        multiple: what the network's downsampling asks of every axis.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Optim,
+        max_noise: float = 0.3,
+        warmup_steps: int = 50,
+        multiple: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network, self.optimizer, self.max_noise = network, optimizer, max_noise
+        self.warmup_steps, self.multiple, self.seed = warmup_steps, multiple, seed
+        self.objective = DiceCELoss(sigmoid=True, batch=True)
+
+    is_trainable = True
+
+    def forward(self, fused: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
+        """Probability of lesion at every voxel."""
+        return self._logits(fused).sigmoid()
+
+    def _logits(self, fused: Tensor) -> Tensor:
+        shape = fused.shape[2:]
+        missing = [-size % self.multiple for size in shape]
+        sides = [side for amount in reversed(missing) for side in (0, amount)]
+        padded = nn.functional.pad(fused, sides, mode="replicate") if any(missing) else fused
+        return self.network(padded).float()[(..., *(slice(0, size) for size in shape))]
+
+    def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
+        generator = step_generator(self.global_step, self.seed)
+        reference = reference_of(batch)
+        strength = self.max_noise * torch.rand(len(batch), generator=generator)
+        noise = torch.randn(reference.shape, generator=generator)
+        noise = noise * strength.reshape(-1, *[1] * (noise.ndim - 1))
+        logits = self._logits((reference + noise.to(reference)).clamp(-1, 1))
+        loss = self.objective(logits, batch.lesion.float())
+        self.log("train/loss", loss.detach(), batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: FusionBatch, batch_idx: int) -> None:
+        self._log_dice("val", batch)
+
+    def test_step(self, batch: FusionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if dataloader_idx == 0:
+            self._log_dice("test", batch)
+
+    def _log_dice(self, stage: str, batch: FusionBatch) -> None:
+        predicted = self(reference_of(batch)) > 0.5
+        score = dice(predicted, batch.lesion)
+        for value in score[~score.isnan()]:
+            self.log(
+                f"{stage}/lesion_dice",
+                value,
+                batch_size=1,
+                on_epoch=True,
+                add_dataloader_idx=False,
+            )
+
+    def configure_optimizers(self) -> Any:
+        end = int(self.trainer.estimated_stepping_batches)
+        return staged_optimizer(
+            self.optimizer, [(self.network.parameters(), 0, end)], self.warmup_steps
+        )

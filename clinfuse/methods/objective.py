@@ -1,0 +1,79 @@
+"""What trained methods compare their output with: the reference and the clean registered pair."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from clinfuse.losses.roi import ClinicalRoiLoss
+from clinfuse.types import FusionBatch
+
+
+def roi_loss(
+    loss: ClinicalRoiLoss,
+    fused: Float[Tensor, "b 1 *dhw"],
+    batch: FusionBatch,
+    mri: Float[Tensor, "b 1 *dhw"],
+    ct: Float[Tensor, "b 1 *dhw"],
+    roi: Bool[Tensor, "b r *dhw"],
+    lesion_head: nn.Module | None = None,
+) -> Float[Tensor, " b"]:
+    """L_ROI of Eq. 2 for each case, against the sources and masks given, in full precision.
+
+    The lesion terms need a lesion head; without one gamma has nothing to weigh and they are 0.
+    """
+    brain, bone, lesion = roi.split(1, 1)
+    probability = None if lesion_head is None else lesion_head(fused)
+    with torch.autocast(fused.device.type, enabled=False):
+        terms = loss(
+            fused.float(),
+            mri,
+            ct,
+            brain,
+            bone,
+            batch.spacing_mm,
+            None if probability is None else probability.float(),
+            lesion,
+            batch.lesion_distance_mm,
+        )
+    return terms.total
+
+
+def clean_roi_loss(
+    loss: ClinicalRoiLoss,
+    fused: Float[Tensor, "b 1 *dhw"],
+    batch: FusionBatch,
+    lesion_head: nn.Module | None = None,
+) -> Float[Tensor, " b"]:
+    """L_ROI against the clean registered pair and the true masks: the term of Eq. 3.
+
+    The paper writes I_M and I_C; in training the CT is moved on purpose, and comparing with the
+    moved one would teach the network to leave bone where it does not belong.
+    """
+    mri = _known(batch.clean_mri, "clean_mri", batch)
+    ct = clean_ct_of(batch)
+    roi = _known(batch.clean_roi, "clean_roi", batch)
+    return roi_loss(loss, fused, batch, mri, ct, roi, lesion_head)
+
+
+def reference_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
+    """The fused volume to aim at.
+
+    Raises:
+        ValueError: if the batch came without one.
+    """
+    return _known(batch.reference, "reference", batch)
+
+
+def clean_ct_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
+    """The registered noise-free CT.
+
+    Raises:
+        ValueError: if the batch came without one.
+    """
+    return _known(batch.clean_ct, "clean_ct", batch)
+
+
+def _known(tensor: Tensor | None, name: str, batch: FusionBatch) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"training needs {name}, and case {batch.case_id[0]} came without")
+    return tensor

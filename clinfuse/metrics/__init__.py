@@ -1,0 +1,1 @@
+"""Streaming metrics and the per-case suite: thin layers over ``functional``."""

@@ -1,0 +1,138 @@
+"""Every metric of the evaluation protocol for every case: the rows that all tables are made of."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clinfuse.functional.fsim import fsim
+from clinfuse.functional.psnr import psnr
+from clinfuse.functional.regional import regional_mean
+from clinfuse.functional.ssim import ssim
+from clinfuse.functional.surface import dice, hd95, nsd
+from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
+from clinfuse.types import ROI_NAMES, FusionBatch
+
+Row = tuple[str, str, float]
+"""One measurement of one case: (roi, metric, value), NaN where it is undefined."""
+
+AIR = -0.95
+"""Reference values up to this are air around the head."""
+
+
+def case_metrics(
+    fused: Float[Tensor, "b 1 *dhw"],
+    batch: FusionBatch,
+    lesion_probability: Float[Tensor, "b 1 *dhw"] | None = None,
+    spread: Float[Tensor, "b 1 *dhw"] | None = None,
+    tau_mm: float = 2.0,
+) -> list[list[Row]]:
+    """One list of (roi, metric, value) for each case of the batch.
+
+    Compares with the truth, never with the perturbed sources: brain with the clean MRI, bone with
+    the clean CT, the whole grid with the reference, each within the clean masks. Where the batch
+    has no clean field, its own sources and masks are the truth; without a reference, what needs one
+    is NaN. Lesion rows appear only with a prediction, so that none can be scored by its own mask.
+
+    Args:
+        fused: a method's output, in [-1, 1].
+        batch: the studies it was made from.
+        lesion_probability: predicted from ``fused``; thresholded at one half.
+        spread: ensemble standard deviation of ``fused``. Adds ``spread_error_correlation``, Pearson
+            over the head (where the reference is not air), the brain and bone.
+        tau_mm: tolerance of the surface Dice, in mm.
+
+    Raises:
+        ValueError: if ``fused`` is not finite. A NaN would pass for an undefined metric, and a
+            method that diverges would be scored on its other cases alone.
+    """
+    for case_id, volume in zip(batch.case_id, fused, strict=True):
+        if not volume.isfinite().all():
+            raise ValueError(f"expected a finite fused volume, got NaN or inf in {case_id}")
+    with torch.no_grad(), torch.autocast(fused.device.type, enabled=False):
+        fused = fused.float()
+        columns = _similarity(fused, batch)
+        if lesion_probability is not None:
+            columns |= _lesion(lesion_probability, batch, tau_mm)
+        if spread is not None:
+            columns |= _calibration(fused, spread.float(), batch)
+    return [
+        [(roi, metric, values[case]) for (roi, metric), values in columns.items()]
+        for case in range(len(batch))
+    ]
+
+
+def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list[float]]:
+    mri = batch.mri if batch.clean_mri is None else batch.clean_mri
+    ct = batch.ct if batch.clean_ct is None else batch.clean_ct
+    brain, bone, _ = _true_masks(batch)
+    bright, spacing_mm = brightness(fused), batch.spacing_mm
+    columns = {
+        ("brain", "ssim"): ssim(bright, brightness(mri), brain, spacing_mm),
+        ("brain", "fsim"): fsim(fused, mri, brain),
+        ("bone", "psnr"): psnr(fused, ct, bone),
+        ("bone", "ssim"): ssim(bright, brightness(ct), bone, spacing_mm),
+    }
+    if batch.reference is None:
+        unknown = torch.full((len(batch),), torch.nan)
+        columns |= {("whole", metric): unknown for metric in ("psnr", "ssim", "fsim")}
+    else:
+        whole = torch.ones_like(brain)
+        columns |= {
+            ("whole", "psnr"): psnr(fused, batch.reference, whole),
+            ("whole", "ssim"): ssim(bright, brightness(batch.reference), whole, spacing_mm),
+            ("whole", "fsim"): fsim(fused, batch.reference, whole),
+        }
+    return _as_lists(columns)
+
+
+def _lesion(
+    probability: Tensor, batch: FusionBatch, tau_mm: float
+) -> dict[tuple[str, str], list[float]]:
+    predicted, lesion = probability > LESION_THRESHOLD, _true_masks(batch)[-1]
+    return _as_lists(
+        {
+            ("lesion", "dice"): dice(predicted, lesion),
+            ("lesion", "nsd"): nsd(predicted, lesion, batch.spacing_mm, tau_mm),
+            ("lesion", "hd95"): hd95(predicted, lesion, batch.spacing_mm),
+        }
+    )
+
+
+def _calibration(
+    fused: Tensor, spread: Tensor, batch: FusionBatch
+) -> dict[tuple[str, str], list[float]]:
+    brain, bone, _ = _true_masks(batch)
+    if batch.reference is None:
+        unknown = [torch.nan] * len(batch)
+        return {(roi, "spread_error_correlation"): unknown for roi in ("whole", "brain", "bone")}
+    error, head = (fused - batch.reference).abs(), batch.reference > AIR
+    return _as_lists(
+        {
+            (roi, "spread_error_correlation"): regional_correlation(spread, error, mask)
+            for roi, mask in (("whole", head), ("brain", brain), ("bone", bone))
+        }
+    )
+
+
+def regional_correlation(
+    a: Float[Tensor, "b 1 *dhw"],
+    b: Float[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"],
+) -> Float[Tensor, " b"]:
+    """Pearson's correlation over the mask's voxels; NaN where it is empty or either is constant."""
+    a, b = (t.double() - _broadcast(regional_mean(t.double(), mask), t) for t in (a, b))
+    scale = (regional_mean(a.square(), mask) * regional_mean(b.square(), mask)).sqrt()
+    return (regional_mean(a * b, mask) / torch.where(scale > 1e-12, scale, torch.nan)).float()
+
+
+def _broadcast(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _true_masks(batch: FusionBatch) -> tuple[Tensor, ...]:
+    roi = batch.roi if batch.clean_roi is None else batch.clean_roi
+    return roi[:, : len(ROI_NAMES)].split(1, dim=1)
+
+
+def _as_lists(columns: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], list[float]]:
+    return {name: values.tolist() for name, values in columns.items()}

@@ -1,0 +1,184 @@
+"""The conditional U-Net that every learned fusion here shares, in pixel or in Haar space."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from monai.networks.nets import DiffusionModelUNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clinfuse.functional.haar import haar_dwt, haar_idwt
+from clinfuse.networks.precision import with_safe_convolutions
+
+
+@dataclass
+class Condition:
+    """What is known of a study before any sampling step: encoded once, used at each.
+
+    Attributes:
+        features: raw sources, masks and encoder features in the network's own space, padded.
+        context: tokens for cross-attention, or None.
+        shape: spatial shape of the study before padding.
+    """
+
+    features: Float[Tensor, "b c *dhw"]
+    context: Float[Tensor, "b tokens c"] | None
+    shape: tuple[int, ...]
+
+    def repeat(self, times: int) -> "Condition":
+        """Every case ``times`` times in place (a a b b), to sample ensemble members together."""
+        context = self.context
+        return Condition(
+            self.features.repeat_interleave(times, 0),
+            None if context is None else context.repeat_interleave(times, 0),
+            self.shape,
+        )
+
+
+class FusionUNet(nn.Module):
+    """U-Net over ``state`` volumes, conditioned on MRI, CT and masks: c = {phi(I_M), phi(I_C), M}.
+
+    MONAI's ``DiffusionModelUNet`` (Rombach et al. 2022) on the state concatenated with the raw
+    sources, the masks and the features of two light encoders phi. With ``haar`` it works on the
+    orthonormal Haar coefficients of all of them: nothing is lost, every axis is half as long, and
+    a step costs about a third. Volumes of any size are padded inside and cropped on return.
+
+    The last convolution starts at zero, so an untrained network returns zeros.
+
+    Args:
+        spatial_dims: 2 or 3.
+        state_channels: volumes that change from step to step (x_t, for example); may be 0.
+        out_channels: volumes to return.
+        channels: features per level, each level half the size of the one before.
+        encoder_channels: features of phi for each modality; 0 leaves the encoders out.
+        attention_levels: where to attend; all False by default.
+        cross_attention: attend at the coarsest level to tokens of the encoders' features.
+        haar: work on Haar coefficients.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        state_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        encoder_channels: int = 8,
+        num_res_blocks: int = 1,
+        attention_levels: Sequence[bool] | None = None,
+        cross_attention: bool = False,
+        haar: bool = True,
+        norm_num_groups: int = 8,
+        num_rois: int = 3,
+    ) -> None:
+        super().__init__()
+        if cross_attention and not encoder_channels:
+            raise ValueError("cross_attention attends to encoder features: encoder_channels is 0")
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"expected spatial_dims 2 or 3, got {spatial_dims}")
+        self.spatial_dims, self.haar = spatial_dims, haar
+        self.state_channels, self.out_channels = state_channels, out_channels
+        per_volume = 2**spatial_dims if haar else 1
+        self.multiple = 2 ** (len(channels) - 1) * (2 if haar else 1)
+        self.context_stride = 2 ** (len(channels) - 1)
+
+        def encoder() -> nn.Module:
+            return _encoder(spatial_dims, per_volume, encoder_channels)
+
+        self.encode_mri = encoder() if encoder_channels else None
+        self.encode_ct = encoder() if encoder_channels else None
+        levels = list(attention_levels or [False] * len(channels))
+        if cross_attention:
+            levels[-1] = True
+        self.cross_attention = cross_attention
+        unet = DiffusionModelUNet(
+            spatial_dims=spatial_dims,
+            in_channels=per_volume * (state_channels + 2 + num_rois) + 2 * encoder_channels,
+            out_channels=per_volume * out_channels,
+            channels=tuple(channels),
+            num_res_blocks=num_res_blocks,
+            attention_levels=tuple(levels),
+            num_head_channels=norm_num_groups,
+            norm_num_groups=norm_num_groups,
+            with_conditioning=cross_attention,
+            cross_attention_dim=2 * encoder_channels if cross_attention else None,
+        )
+        self.unet = with_safe_convolutions(unet)
+
+    def encode(
+        self,
+        mri: Float[Tensor, "b 1 *dhw"],
+        ct: Float[Tensor, "b 1 *dhw"],
+        roi: Float[Tensor, "b r *dhw"],
+    ) -> Condition:
+        """Sources and masks (as floats in [0, 1]) in the network's space, encoders applied."""
+        mri_coefficients, ct_coefficients = self._analyse(mri), self._analyse(ct)
+        parts = [mri_coefficients, ct_coefficients, self._analyse(roi)]
+        context = None
+        if self.encode_mri is not None and self.encode_ct is not None:
+            phi = [self.encode_mri(mri_coefficients), self.encode_ct(ct_coefficients)]
+            parts += phi
+            if self.cross_attention:
+                tokens = _pool(torch.cat(phi, 1), self.context_stride)
+                context = tokens.flatten(2).transpose(1, 2)
+        return Condition(torch.cat(parts, 1), context, tuple(mri.shape[2:]))
+
+    def forward(
+        self,
+        state: Float[Tensor, "b s *dhw"] | None,
+        condition: Condition,
+        alpha_bar_t: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b o *dhw"]:
+        """Network outputs on the study's own grid.
+
+        Args:
+            state: ``state_channels`` volumes, None where that is 0.
+            condition: from ``encode``.
+            alpha_bar_t: signal power kept; None stands for a clean state.
+        """
+        x = condition.features
+        if state is not None:
+            x = torch.cat([self._analyse(state), x], 1)
+        if alpha_bar_t is None:
+            alpha_bar_t = x.new_ones(len(x))
+        out = self.unet(x, noise_angle(alpha_bar_t.float()), context=condition.context)
+        out = haar_idwt(out) if self.haar else out
+        return out[(..., *(slice(0, size) for size in condition.shape))]
+
+    def _analyse(self, volume: Tensor) -> Tensor:
+        padded = pad_to_multiple(volume, self.multiple)
+        return haar_dwt(padded) if self.haar else padded
+
+
+def noise_angle(alpha_bar_t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """The noise level as an angle from 0 (clean) to 1000 (pure noise), for the time embedding.
+
+    Under the cosine schedule this is about the integer step t of T = 1000, and it means the same
+    under any other schedule (Salimans & Ho 2022, appendix D: alpha = cos(phi)).
+    """
+    return torch.arccos(alpha_bar_t.clamp(0, 1).sqrt()) * (2000 / torch.pi)
+
+
+def pad_to_multiple(volume: Tensor, multiple: int) -> Tensor:
+    """The volume with its last voxels repeated until every axis is a multiple of ``multiple``."""
+    missing = [-size % multiple for size in volume.shape[2:]]
+    if not any(missing):
+        return volume
+    padding = [side for amount in reversed(missing) for side in (0, amount)]
+    return F.pad(volume, padding, mode="replicate")
+
+
+def _encoder(spatial_dims: int, in_channels: int, features: int) -> nn.Module:
+    conv = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
+    return nn.Sequential(
+        conv(in_channels, features, 3, padding=1),
+        nn.SiLU(),
+        conv(features, features, 3, padding=1),
+        nn.SiLU(),
+    )
+
+
+def _pool(features: Tensor, stride: int) -> Tensor:
+    pool = F.avg_pool3d if features.ndim == 5 else F.avg_pool2d
+    return pool(features, stride)

@@ -1,0 +1,98 @@
+"""The anchor of the diffusion: a registration-aware blend of the sources, and how sure it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clinfuse.networks.fusion_unet import FusionUNet
+from clinfuse.networks.rigid_registration import Registration, SynthesisRegistration, move
+from clinfuse.types import FusionBatch
+
+
+@dataclass
+class Anchor:
+    """What the diffusion starts from: F = mean + scale * r, r being what is left to sample.
+
+    Attributes:
+        mean: mu(c), in model space.
+        scale: s(c) > 0, the error of ``mean`` expected at each voxel.
+        ct: the CT where the anchor believes it belongs.
+        roi: the masks as floats, the CT's own moved with it.
+        ct_weight: how much of each voxel comes from the CT, in [0, 1].
+        registration: the motion found and the guess it came from; None without registration.
+    """
+
+    mean: Float[Tensor, "b 1 *dhw"]
+    scale: Float[Tensor, "b 1 *dhw"]
+    ct: Float[Tensor, "b 1 *dhw"]
+    roi: Float[Tensor, "b r *dhw"]
+    ct_weight: Float[Tensor, "b 1 *dhw"]
+    registration: Registration | None
+
+    def repeat(self, times: int) -> "Anchor":
+        """Every case ``times`` times in place (a a b b)."""
+        mean, scale, ct, roi, ct_weight = (
+            t.repeat_interleave(times, 0)
+            for t in (self.mean, self.scale, self.ct, self.roi, self.ct_weight)
+        )
+        return Anchor(mean, scale, ct, roi, ct_weight, self.registration)
+
+
+class RegisteredBlend(nn.Module):
+    """mu(c) = w warp(I_C, u) + (1 - w) I_M + d, with an error scale s(c) beside it.
+
+    method.md section 3, "The mean as a registration-aware blend". ``registration`` predicts where
+    (u), ``network`` what: the blend weight w, the correction d and log s. The weight starts from
+    the moved bone mask, so an untrained blend is the mask composite of the registered sources.
+
+    Args:
+        network: builds the U-Net that returns w, d and log s, given its channels of state (the
+            registration's guess of the CT and its error scale) and output.
+        registration: the rigid motion that realigns the CT; None takes the CT as it lies.
+        initial_scale: s of an untrained network.
+        min_scale: lower bound of s, in model space.
+        bone_logit: logit of w inside the bone mask (and minus that outside) before training.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., FusionUNet],
+        registration: SynthesisRegistration | None,
+        initial_scale: float = 0.1,
+        min_scale: float = 0.005,
+        bone_logit: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.network = network(state_channels=0 if registration is None else 2, out_channels=3)
+        self.registration = registration
+        self.min_scale, self.bone_logit = min_scale, bone_logit
+        self.log_initial_scale = torch.tensor(initial_scale - min_scale).log().item()
+
+    def forward(self, batch: FusionBatch) -> Anchor:
+        roi, ct = batch.roi.to(batch.ct.dtype), batch.ct
+        brain, bone, lesion = roi.split(1, 1)
+        found, guess = None, None
+        if self.registration is not None:
+            found = self.registration(batch.mri, ct, brain, batch.spacing_mm)
+            ct, bone = move(torch.cat([ct, bone], 1), found.motion, batch.spacing_mm).split(1, 1)
+            guess = torch.cat([found.guess, found.log_scale], 1).detach()
+        roi = torch.cat([brain, bone, lesion], 1)
+        out = self.network(guess, self.network.encode(batch.mri, ct, roi)).float()
+        weight_logit, correction, log_scale = out.split(1, 1)
+        weight = torch.sigmoid(weight_logit + self.bone_logit * (2 * bone - 1))
+        mean = weight * ct + (1 - weight) * batch.mri + correction
+        scale = self.min_scale + (log_scale + self.log_initial_scale).clamp(max=0.5).exp()
+        return Anchor(mean, scale, ct, roi, weight, found)
+
+
+class NoAnchor(nn.Module):
+    """mu = 0 and s = 1: plain diffusion of F itself, for the comparison with the anchored form."""
+
+    def forward(self, batch: FusionBatch) -> Anchor:
+        zeros = torch.zeros_like(batch.mri)
+        return Anchor(
+            zeros, torch.ones_like(zeros), batch.ct, batch.roi.to(zeros.dtype), zeros, None
+        )

@@ -1,0 +1,210 @@
+"""Where does the CT belong on the MRI? Guess the CT from the MRI, then move the real one onto it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from monai.networks.nets import BasicUNet
+from torch import Tensor, nn
+
+from clinfuse.functional.gaussian import gaussian_smooth
+from clinfuse.functional.haar import haar_dwt, haar_idwt
+from clinfuse.functional.warp import rigid_displacement, rigid_matrix, warp
+from clinfuse.networks.fusion_unet import pad_to_multiple
+from clinfuse.networks.precision import with_safe_convolutions
+
+
+@dataclass
+class Registration:
+    """The motion found, and the guess of the CT that it was found with.
+
+    Attributes:
+        motion: homogeneous matrix A with clean_ct(p) = ct(A p), in mm about the grid's centre; what
+            ``FusionBatch.misregistration`` is in truth.
+        guess: the CT expected from the MRI alone, in model space.
+        log_scale: logarithm of the guess's expected error, voxel by voxel.
+    """
+
+    motion: Float[Tensor, "b m m"]
+    guess: Float[Tensor, "b 1 *dhw"]
+    log_scale: Float[Tensor, "b 1 *dhw"]
+
+
+class SynthesisRegistration(nn.Module):
+    """Estimates the rigid motion that takes a CT back onto its MRI, by way of a synthetic CT.
+
+    A U-Net guesses the CT from the MRI and the brain mask, with an error scale at every voxel
+    (cortical bone against fat is certain, bone against air in an ADC map is not). Between the
+    guess and the real CT there is but one modality, so the motion is found by weighted Gauss-Newton
+    on their difference (Lucas & Kanade 1981; by way of synthesis: Roy et al. 2014), coarse to fine:
+    thousands of voxels on 6 unknowns, far finer than a voxel. Nothing is learned but the guess, which
+    has a target at every voxel, and the search has no gradient.
+
+    A head is rigid, and so is the motion between its two scans; u in method.md section 3 is the
+    field of this motion.
+
+    Args:
+        spatial_dims: 2 or 3.
+        features: of MONAI's ``BasicUNet``, in Haar space.
+        smoothing_mm: standard deviations of the smoothing, coarse to fine.
+        iterations: Gauss-Newton steps at each.
+        prior_mm: standard deviation of the motion before looking; a weak pull to none.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        features: Sequence[int] = (24, 24, 48, 64, 96, 24),
+        smoothing_mm: Sequence[float] = (8.0, 4.0, 2.0),
+        iterations: Sequence[int] = (3, 3, 3),
+        prior_mm: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.smoothing_mm, self.iterations = tuple(smoothing_mm), tuple(iterations)
+        self.prior_mm = prior_mm
+        bands = 2**spatial_dims
+        network = BasicUNet(
+            spatial_dims=spatial_dims,
+            in_channels=2 * bands,
+            out_channels=2 * bands,
+            features=tuple(features),
+            norm=("group", {"num_groups": 8}),
+            act="swish",
+            upsample="nontrainable",
+        )
+        with torch.no_grad():  # air everywhere: the approximation band of a volume of -1
+            network.final_conv.bias.zero_()[0] = -(bands**0.5)
+        self.network = with_safe_convolutions(network)
+
+    def forward(
+        self,
+        mri: Float[Tensor, "b 1 *dhw"],
+        ct: Float[Tensor, "b 1 *dhw"],
+        brain: Float[Tensor, "b 1 *dhw"],
+        spacing_mm: Float[Tensor, "b n"],
+    ) -> Registration:
+        """The guess, with its gradient, and the motion, without."""
+        guess, log_scale = self.synthesise(mri, brain)
+        with torch.no_grad(), torch.autocast(mri.device.type, enabled=False):
+            motion = gauss_newton(
+                ct,
+                guess.clamp(-1, 1),
+                log_scale.exp(),
+                spacing_mm,
+                self.smoothing_mm,
+                self.iterations,
+                self.prior_mm,
+            )
+        return Registration(motion, guess, log_scale)
+
+    def synthesise(
+        self, mri: Float[Tensor, "b 1 *dhw"], brain: Float[Tensor, "b 1 *dhw"]
+    ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"]]:
+        """The CT expected from the MRI, and the logarithm of its expected error."""
+        images = pad_to_multiple(torch.cat([mri, brain], 1), 32)
+        out = haar_idwt(self.network(haar_dwt(images)).float())
+        guess, log_scale = out[(..., *(slice(0, size) for size in mri.shape[2:]))].split(1, 1)
+        return guess, (log_scale - 1.5).clamp(-4, 1)
+
+
+def gauss_newton(
+    moving: Float[Tensor, "b 1 *dhw"],
+    fixed: Float[Tensor, "b 1 *dhw"],
+    scale: Float[Tensor, "b 1 *dhw"],
+    spacing_mm: Float[Tensor, "b n"],
+    smoothing_mm: Sequence[float],
+    iterations: Sequence[int],
+    prior_mm: float,
+    lever_mm: float = 60.0,
+) -> Float[Tensor, "b m m"]:
+    """The rigid A that minimises sum_p w_p (moving(A p) - fixed(p))^2, as a homogeneous matrix.
+
+    w_p = 1 / (scale_p^2 + e_p^2): the expected error, made robust by the residual e_p found (the
+    weights of a Cauchy likelihood), so that what one image shows and the other does not has little
+    say. A weak prior pulls towards no motion.
+
+    Args:
+        moving: the CT.
+        fixed: its guess.
+        scale: the guess's expected error.
+        spacing_mm: voxel size.
+        smoothing_mm: of both images, coarse to fine; wide smoothing reaches far motions.
+        iterations: steps at each smoothing.
+        prior_mm: standard deviation of the motion a priori.
+        lever_mm: the distance at which a rotation's displacement counts against the prior.
+    """
+    n = spacing_mm.shape[1]
+    motion = torch.eye(n + 1, device=moving.device).repeat(len(moving), 1, 1)
+    positions = _positions(moving.shape[2:], spacing_mm)
+    for sigma_mm, count in zip(smoothing_mm, iterations, strict=True):
+        sigma = (sigma_mm / spacing_mm[0]).tolist()
+        smooth_fixed, smooth_moving = (gaussian_smooth(x, sigma) for x in (fixed, moving))
+        for _ in range(count):
+            moved = move(smooth_moving, motion, spacing_mm)
+            residual = (smooth_fixed - moved)[:, 0]
+            slope = _gradient(moved, spacing_mm)
+            weight = 1 / (scale[:, 0].square() + residual.square())
+            columns = torch.cat([slope, _turning(positions, slope) / lever_mm], 1).flatten(2)
+            weighted = columns * weight.flatten(1)[:, None]
+            normal = weighted @ columns.mT
+            right = (weighted @ residual.flatten(1)[..., None])[..., 0]
+            pull = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1) / prior_mm**2
+            prior = pull[:, None, None] * torch.eye(normal.shape[-1], device=normal.device)
+            xi = torch.linalg.solve(normal + prior, right)
+            motion = motion @ rigid_matrix(xi[:, n:] / lever_mm, xi[:, :n])
+    return motion
+
+
+def move(
+    volume: Float[Tensor, "b c *dhw"],
+    motion: Float[Tensor, "b m m"],
+    spacing_mm: Float[Tensor, "b n"],
+) -> Float[Tensor, "b c *dhw"]:
+    """The volume seen through a rigid motion A in mm: out(p) = volume(A p), in full precision."""
+    with torch.autocast(volume.device.type, enabled=False):
+        displacement = rigid_displacement(motion, tuple(volume.shape[2:]), spacing_mm)
+        return warp(volume.float(), displacement, spacing_mm)
+
+
+def registration_error_mm(
+    motion: Float[Tensor, "b m m"],
+    true: Float[Tensor, "b m m"],
+    inside: Float[Tensor, "b 1 *dhw"],
+    spacing_mm: Float[Tensor, "b n"],
+) -> Float[Tensor, " b"]:
+    """Root mean square distance between two rigid motions over the voxels ``inside``, in mm.
+
+    The target registration error (Fitzpatrick & West 2001) with the region as its targets.
+    """
+    with torch.autocast(motion.device.type, enabled=False):
+        shape = tuple(inside.shape[2:])
+        apart = rigid_displacement(motion, shape, spacing_mm) - rigid_displacement(
+            true, shape, spacing_mm
+        )
+        square = apart.square().sum(1, keepdim=True) * inside
+        return (square.flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)).sqrt()
+
+
+def _positions(
+    shape: Sequence[int], spacing_mm: Float[Tensor, "b n"]
+) -> Float[Tensor, "b n *dhw"]:
+    axes = [torch.arange(size, device=spacing_mm.device) - (size - 1) / 2 for size in shape]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return grid * rearrange(spacing_mm, f"b n -> b n {'1 ' * len(shape)}")
+
+
+def _gradient(volume: Tensor, spacing_mm: Tensor) -> Tensor:
+    """Central differences along each spatial axis, in units a mm: b n *dhw."""
+    axes = tuple(range(1, volume.ndim - 1))
+    slopes = torch.stack(torch.gradient(volume[:, 0], dim=axes), 1)
+    return slopes / rearrange(spacing_mm, f"b n -> b n {'1 ' * len(axes)}")
+
+
+def _turning(positions: Tensor, slope: Tensor) -> Tensor:
+    """Slope with respect to a rotation about the centre, p x g: 3 components in 3-D, 1 in 2-D."""
+    if positions.shape[1] == 3:
+        return torch.linalg.cross(positions, slope, dim=1)
+    (a, b), (g_a, g_b) = positions.unbind(1), slope.unbind(1)
+    return (a * g_b - b * g_a)[:, None]

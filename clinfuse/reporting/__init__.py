@@ -1,0 +1,1 @@
+"""Per-case rows to tables, statistics, figures and the HTML report."""

@@ -1,0 +1,286 @@
+"""One HTML file that shows a run: facts, headline scores, curves, and every case in three planes.
+
+It needs nothing but itself: images are base64 PNG, curves inline SVG, styles inline, no script.
+"""
+
+import base64
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from clinfuse.reporting.atomic import write_atomically
+from clinfuse.reporting.figures import (
+    ACCENT,
+    INK,
+    QUIET,
+    SERIES,
+    figure_svg,
+    robustness_figure,
+)
+from clinfuse.reporting.tables import (
+    amplitudes_mm,
+    footnote,
+    headline_scores,
+    is_headline,
+    plain_cells,
+    score_cells,
+    score_label,
+)
+from clinfuse.reporting.views import (
+    CANVAS_MARGIN_MM,
+    PLANES,
+    CaseView,
+    Panel,
+    Plane,
+    chosen_slices,
+    cropped,
+    head_box,
+    outlines,
+    palette,
+    panels,
+    shared_scales,
+    tile,
+)
+
+LARGEST_REPORT_BYTES = 6_000_000
+"""No report is larger."""
+
+_TILE_MM = (0.75, 0.95, 1.2, 1.5, 1.9, 2.4, 3.0)
+_STACK_MM = 1.2
+_TIMES = " \N{MULTIPLICATION SIGN} "
+_MOST_STACK_SLICES = 48
+_SVG_COLOURS = {
+    INK: "var(--ink)",
+    QUIET: "var(--quiet)",
+    ACCENT: "var(--accent)",
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)},
+}
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    title: str,
+    cases: Sequence[CaseView],
+    tables: Mapping[str, pd.DataFrame],
+    run_facts: Mapping[str, Any],
+    highlight: str | None = None,
+    largest_bytes: int = LARGEST_REPORT_BYTES,
+) -> Path:
+    """Write the report of a run as one self-contained HTML file, atomically.
+
+    Pictures become coarser until they fit into ``largest_bytes``; if the coarsest do not, the last
+    cases are left out and the report says so. Stacks of all axial slices are then added, case by
+    case, while there is room.
+
+    Args:
+        path: of the HTML file.
+        title: its heading.
+        cases: shown in this order, on shared scales of difference and spread.
+        tables: by heading; a table of ``headline`` is shown with intervals and curves.
+        run_facts: what is worth knowing about the run (preset, alpha, beta, gamma, data, split,
+            seed, versions, commit), by name; values are shown as text.
+        highlight: the method that tables and curves set off, usually ours.
+        largest_bytes: of the file.
+
+    Returns:
+        The path.
+    """
+    template = Environment(
+        loader=PackageLoader("clinfuse.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html.jinja")
+    page = {
+        "title": title,
+        "facts": {name: str(value) for name, value in run_facts.items()},
+        "tables": [_table_context(name, table, highlight) for name, table in tables.items()],
+        "highlight": highlight,
+        "number_of_cases": len(cases),
+    }
+
+    def size(contexts: Sequence[dict[str, Any]]) -> int:
+        return len(template.render(**page, cases=contexts).encode())
+
+    contexts = _fitting_cases(cases, size, largest_bytes)
+    return write_atomically(path, template.render(**page, cases=contexts))
+
+
+def _fitting_cases(
+    cases: Sequence[CaseView],
+    size: Callable[[Sequence[dict[str, Any]]], int],
+    largest_bytes: int,
+) -> list[dict[str, Any]]:
+    """The cases as fine as fits, leaving 40 % of the room for stacks, then as many stacks."""
+    scales, contexts = shared_scales(cases), []
+    for mm_per_pixel in _TILE_MM:
+        contexts = [_case_context(view, scales, mm_per_pixel) for view in cases]
+        if size(contexts) <= 0.6 * largest_bytes:
+            break
+    while contexts and size(contexts) > largest_bytes:
+        contexts.pop()
+    for number, view in enumerate(cases[: len(contexts)]):
+        fuller = list(contexts)
+        fuller[number] = {**contexts[number], "stack": _stack_context(view)}
+        if size(fuller) > largest_bytes:
+            break
+        contexts = fuller
+    return contexts
+
+
+def _case_context(
+    view: CaseView, scales: tuple[float | None, float | None], mm_per_pixel: float
+) -> dict[str, Any]:
+    at, box, part = chosen_slices(view), head_box(view), cropped(view)
+    columns = panels(part, *scales)
+    widest_mm = max(_size_mm(part)[1:])
+    return {
+        "id": view.case_id,
+        "caption": view.caption,
+        "scores": {name: _score_text(value) for name, value in view.scores.items()},
+        "has_lesion": view.lesion is not None and bool(view.lesion.any()),
+        "grid_facts": _grid_facts(view),
+        "columns": [_column_context(panel) for panel in columns],
+        "planes": [
+            {
+                "plane": plane,
+                "slice": at[plane.axis] + 1,
+                "slices": view.mri.shape[plane.axis],
+                "tiles": [
+                    _tile_context(
+                        part,
+                        panel,
+                        plane,
+                        at[plane.axis] - box[plane.axis].start,
+                        widest_mm,
+                        mm_per_pixel,
+                    )
+                    for panel in columns
+                ],
+            }
+            for plane in PLANES
+        ],
+        "stack": None,
+    }
+
+
+def _stack_context(view: CaseView) -> dict[str, Any]:
+    """Axial slices of MRI, CT and fused from the lowest up, at most 48 evenly spread.
+
+    Browsers that can, open it at the chosen slice, the others at the lowest.
+    """
+    start, part = head_box(view)[0].start, cropped(view)
+    depth, axial = len(part.mri), PLANES[0]
+    indices = np.unique(np.linspace(0, depth - 1, min(depth, _MOST_STACK_SLICES)).round())
+    opening = min(indices, key=lambda index: abs(start + index - chosen_slices(view)[0]))
+    _, rows_mm, columns_mm = _size_mm(part)
+    return {
+        "columns_mm": columns_mm,
+        "rows_mm": rows_mm,
+        "slices": [
+            {
+                "number": start + index + 1,
+                "is_first": index == opening,
+                "tiles": [
+                    _tile_context(part, panel, axial, index, columns_mm, _STACK_MM)
+                    for panel in panels(part)[:3]
+                ],
+            }
+            for index in indices.astype(int).tolist()
+        ],
+    }
+
+
+def _size_mm(view: CaseView) -> list[float]:
+    """Extent of the canvas of its slices along (d, h, w), margins included."""
+    return [
+        n * mm + 2 * CANVAS_MARGIN_MM for n, mm in zip(view.mri.shape, view.spacing_mm, strict=True)
+    ]
+
+
+def _tile_context(
+    view: CaseView,
+    panel: Panel,
+    plane: Plane,
+    index: int,
+    widest_mm: float,
+    mm_per_pixel: float,
+) -> dict[str, Any]:
+    """A picture as the template places it: centred on a canvas ``widest_mm`` wide."""
+    picture, pixel_mm = plane.picture(panel.volume, index), plane.pixel_mm(view.spacing_mm)
+    rows_mm, columns_mm = (float(mm) for mm in np.multiply(picture.shape, pixel_mm))
+    content = tile(panel, picture, pixel_mm, mm_per_pixel)
+    return {
+        "source": "data:image/png;base64," + base64.b64encode(content).decode(),
+        "alt": f"{panel.name}, {plane.name} plane, case {view.case_id}",
+        "plane": plane,
+        "rows_mm": rows_mm,
+        "columns_mm": columns_mm,
+        "canvas_mm": (widest_mm, rows_mm + 2 * CANVAS_MARGIN_MM),
+        "outline": _outline_path(view, plane, index) if panel.colours == "grey" else "",
+    }
+
+
+def _outline_path(view: CaseView, plane: Plane, index: int) -> str:
+    """The lesion's border as an SVG path in mm, empty without a lesion in the slice."""
+    if view.lesion is None:
+        return ""
+    borders = outlines(plane.picture(view.lesion, index), plane.pixel_mm(view.spacing_mm))
+    return " ".join(
+        "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in border) + "Z" for border in borders
+    )
+
+
+def _column_context(panel: Panel) -> dict[str, Any]:
+    stops = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette(panel.colours, 17).tolist()]
+    return {
+        "name": panel.name,
+        "gradient": ", ".join(stops),
+        "ticks": [f"{v:.3g}" for v in np.linspace(panel.low, panel.high, 3)],
+    }
+
+
+def _grid_facts(view: CaseView) -> str:
+    spacing = _TIMES.join(f"{mm:.3g}" for mm in reversed(view.spacing_mm))
+    size = _TIMES.join(str(n) for n in reversed(view.mri.shape))
+    text = f"{size} voxels of {spacing} mm (R-L, A-P, S-I)"
+    if view.lesion is not None:
+        volume_ml = float(view.lesion.sum() * np.prod(view.spacing_mm) / 1000)
+        text += f", lesion {volume_ml:.1f} ml" if volume_ml else ", no lesion"
+    return text
+
+
+def _score_text(value: float) -> str:
+    return "undefined" if np.isnan(value) else f"{value:.4g}"
+
+
+def _table_context(name: str, table: pd.DataFrame, highlight: str | None) -> dict[str, Any]:
+    if not is_headline(table):
+        header, body = plain_cells(table)
+        return {"name": name, "header": header, "body": body, "scores": None}
+    return {
+        "name": name,
+        "footnote": footnote(table),
+        "scores": [
+            {
+                "label": score_label(roi, metric),
+                "amplitudes": [f"{a:g} mm" for a in amplitudes_mm(table, roi, metric)],
+                "methods": score_cells(table, roi, metric),
+                "curves": _curves(table, highlight, roi, metric),
+            }
+            for roi, metric in headline_scores(table)
+        ],
+    }
+
+
+def _curves(table: pd.DataFrame, highlight: str | None, roi: str, metric: str) -> Markup:
+    figure = robustness_figure(table, highlight, [(roi, metric)])
+    figure.axes[0].set_title("", loc="left")
+    return Markup(figure_svg(figure, _SVG_COLOURS))

@@ -1,0 +1,151 @@
+"""The long-form table of per-case scores: one line a case, method, region and metric.
+
+Every table and figure is made from these rows, so nothing in a paper is typed by hand.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from clinfuse.reporting.atomic import write_atomically
+
+CASE_COLUMNS = (
+    "case_id",
+    "method",
+    "preset",
+    "seed",
+    "misregistration_mm",
+    "mask_source",
+    "steps",
+    "roi",
+    "metric",
+    "value",
+)
+"""Columns of ``cases.csv`` in order. ``steps`` is 0 for a method that does not sample."""
+
+ROW_KEY = CASE_COLUMNS[:-1]
+"""What identifies a row: everything but its value."""
+
+_INTEGERS = ("seed", "steps")
+_FLOATS = ("misregistration_mm", "value")
+_MISSING = ["", "nan", "NaN"]
+
+Rows = pd.DataFrame | Iterable[Mapping[str, Any]]
+
+
+def case_rows(
+    scores: Iterable[tuple[str, str, Any]],
+    *,
+    case_id: str,
+    method: str,
+    preset: str,
+    seed: int,
+    misregistration_mm: float,
+    mask_source: str,
+    steps: int,
+) -> list[dict[str, Any]]:
+    """The rows of one case from its ``(roi, metric, value)`` scores."""
+    key = {
+        "case_id": case_id,
+        "method": method,
+        "preset": preset,
+        "seed": seed,
+        "misregistration_mm": misregistration_mm,
+        "mask_source": mask_source,
+        "steps": steps,
+    }
+    return [{**key, "roi": roi, "metric": m, "value": float(value)} for roi, m, value in scores]
+
+
+def as_rows(rows: Rows) -> pd.DataFrame:
+    """A frame with ``CASE_COLUMNS`` in order and in their types, one row a key (the last wins).
+
+    An undefined metric stays as NaN. Amplitudes are rounded to 1e-6 mm, so that a key survives
+    floating-point arithmetic.
+
+    Raises:
+        ValueError: a column is missing or unknown, a key is empty, or a number is not one.
+    """
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    if frame.empty and not len(frame.columns):
+        frame = pd.DataFrame(columns=list(CASE_COLUMNS))
+    _check_columns(frame.columns)
+    frame = frame[list(CASE_COLUMNS)].copy()
+    _check_keys(frame)
+    for column in CASE_COLUMNS:
+        frame[column] = _typed(frame[column])
+    frame["misregistration_mm"] = frame["misregistration_mm"].round(6)
+    return frame.drop_duplicates(list(ROW_KEY), keep="last", ignore_index=True)
+
+
+def read_rows(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """The rows in a CSV file, with NaN where ``value`` is empty or ``nan``.
+
+    Text is taken as it stands: a case called ``007`` or ``NA`` keeps its name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not hold rows.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values={"value": _MISSING})
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"expected rows with columns {CASE_COLUMNS} in {path}, got none") from None
+    try:
+        return as_rows(frame)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write_rows(path: str | os.PathLike[str], rows: Rows) -> None:
+    """Add rows to a CSV file, replacing those with the same key, in one atomic step.
+
+    NaN is written as ``nan``. The file is read, merged and renamed into place: a run that is
+    stopped leaves the old file or the new one. Two processes should not share one file, because
+    the slower one would win; a sweep gives each run its own folder.
+
+    Raises:
+        ValueError: as ``as_rows``; the file is then left as it was.
+    """
+    new = as_rows(rows)
+    if Path(path).exists():
+        new = as_rows(pd.concat([read_rows(path), new]))
+    write_atomically(path, new.to_csv(index=False, na_rep="nan", lineterminator="\n"))
+
+
+def _check_columns(columns: Iterable[Any]) -> None:
+    got = list(columns)
+    missing = [name for name in CASE_COLUMNS if name not in got]
+    unknown = [name for name in got if name not in CASE_COLUMNS]
+    if missing or unknown:
+        raise ValueError(
+            f"expected the columns {CASE_COLUMNS}; missing {missing}, not known {unknown}"
+        )
+
+
+def _check_keys(frame: pd.DataFrame) -> None:
+    for name in ROW_KEY:
+        empty = frame[name].isna() | (frame[name].astype(str) == "")
+        if empty.any():
+            first = frame[empty].iloc[0].to_dict()
+            raise ValueError(f"expected a {name} in every row, got none in {first}")
+
+
+def _typed(column: pd.Series) -> pd.Series:
+    if column.name not in _INTEGERS + _FLOATS:
+        return column.astype(str)
+    try:
+        numbers = column.astype(object).map(float).astype(float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected numbers in column {column.name}: {error}") from None
+    if column.name != "value" and not np.isfinite(numbers).all():
+        raise ValueError(f"expected finite numbers in column {column.name}, got {list(column)}")
+    if column.name not in _INTEGERS:
+        return numbers
+    if not np.array_equal(numbers, numbers.round()):
+        raise ValueError(f"expected whole numbers in column {column.name}, got {list(column)}")
+    return numbers.astype("int64")

@@ -1,0 +1,421 @@
+"""Per-case rows to summaries: means with bootstrap intervals, the headline table, paired tests.
+
+The unit of every statistic is the patient: values of one case (seeds, say) are averaged before
+cases are. An undefined value is NaN; it is left out of the mean and counted.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import rich.box
+from jaxtyping import Float
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from scipy import stats
+
+from clinfuse.reporting.rows import Rows, as_rows
+
+HEADLINE_SCORES = (("bone", "psnr"), ("brain", "ssim"), ("whole", "ssim"))
+"""The three scores of the headline table, as (roi, metric)."""
+
+LOWER_IS_BETTER = frozenset(
+    {"hd95", "mae", "mse", "rmse", "ece", "brier", "uce", "ence", "ause", "nll", "lpips"}
+)
+"""Metrics whose best value is the smallest; of all others it is the largest."""
+
+STATISTICS = ("mean", "low", "high", "n", "undefined")
+"""What is known of one score: mean over cases, its interval, cases counted, values left out."""
+
+_DASH = "\N{EN DASH}"
+_VARIANTS = ("preset", "mask_source", "steps")
+_GROUPS = ("method", "misregistration_mm")
+_UNITS = {"psnr": "dB", "hd95": "mm"}
+
+
+class Cell(NamedTuple):
+    """One score of one method as text: ``mean``, ``interval``, a ``note`` where cases lack."""
+
+    mean: str
+    interval: str
+    note: str
+    is_best: bool
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " n"],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of ``values``, one value a case.
+
+    Efron & Tibshirani (1993), ch. 13. The same values and seed give the same interval. Fewer than
+    two values, or an infinite one, have no interval: (NaN, NaN). Values hold no NaN.
+    """
+    if len(values) < 2 or not np.isfinite(values).all():
+        return float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    means = values[generator.integers(0, len(values), (resamples, len(values)))].mean(axis=1)
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def summary(
+    rows: Rows,
+    by: Sequence[str] = _GROUPS,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> pd.DataFrame:
+    """Mean over cases of each (roi, metric) in each group, with its bootstrap interval.
+
+    A method that ran with several presets, mask sources or numbers of steps becomes several
+    methods, named ``ours (mask_source none)``: such rows answer different questions and are never
+    averaged. What still repeats within a case, its seeds, is averaged first.
+
+    Args:
+        rows: as ``cases.csv``.
+        by: columns that make a group; methods stay in order of appearance, amplitudes rise.
+        confidence: of the interval.
+        resamples: bootstrap draws of the cases.
+
+    Returns:
+        One row a group and score: ``by``, roi, metric, then ``STATISTICS``. ``n`` is the number of
+        cases with a value, ``undefined`` the number of rows whose value is NaN.
+    """
+    frame = name_variants(as_rows(rows), by)
+    records = []
+    keys = [*by, "roi", "metric"]
+    for key, group in frame.groupby(keys, sort=False):
+        values = group.groupby("case_id", sort=False)["value"].mean().dropna().to_numpy(float)
+        low, high = bootstrap_interval(values, confidence, resamples)
+        mean = float(values.mean()) if len(values) else float("nan")
+        undefined = int(group["value"].isna().sum())
+        records.append((*key, mean, low, high, len(values), undefined))
+    table = pd.DataFrame(records, columns=[*keys, *STATISTICS])
+    return _in_order(table, keys, frame)
+
+
+def name_variants(frame: pd.DataFrame, by: Sequence[str] = _GROUPS) -> pd.DataFrame:
+    """The rows, with what varies within a method (preset, mask source, steps) in its name."""
+    frame = frame.copy()
+    if "method" not in by:
+        return frame
+    for method, group in frame.groupby("method", sort=False):
+        varying = [c for c in _VARIANTS if c not in by and group[c].nunique() > 1]
+        if varying:
+            names = [name.replace("_", " ") for name in varying]
+            frame.loc[group.index, "method"] = [
+                f"{method} ({', '.join(f'{n} {v}' for n, v in zip(names, values, strict=True))})"
+                for values in group[varying].itertuples(index=False)
+            ]
+    return frame
+
+
+def headline(
+    rows: Rows,
+    scores: Sequence[tuple[str, str]] = HEADLINE_SCORES,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> pd.DataFrame:
+    """Method by misregistration, for the scores that answer the clinical question.
+
+    Returns:
+        Numbers: one row a method, columns (roi, metric, misregistration_mm, statistic) with the
+        statistics of ``STATISTICS``; NaN where a method lacks a score. Scores that no row has
+        are left out. ``to_markdown``, ``print_table`` and the report know this shape.
+    """
+    frame = as_rows(rows)
+    wanted = pd.MultiIndex.from_frame(frame[["roi", "metric"]]).isin(list(scores))
+    long = summary(frame[wanted], confidence=confidence, resamples=resamples)
+    columns = pd.MultiIndex.from_tuples(
+        [
+            (roi, metric, amplitude, statistic)
+            for roi, metric in scores
+            for amplitude in sorted(
+                long.query("roi == @roi and metric == @metric")[_GROUPS[1]].unique()
+            )
+            for statistic in STATISTICS
+        ],
+        names=["roi", "metric", "misregistration_mm", "statistic"],
+    )
+    table = pd.DataFrame(
+        np.nan, index=pd.Index(long["method"].unique(), name="method"), columns=columns
+    )
+    for row in long.itertuples():
+        for statistic in STATISTICS:
+            key = (row.roi, row.metric, row.misregistration_mm, statistic)
+            table.loc[row.method, key] = getattr(row, statistic)
+    return table
+
+
+def is_headline(table: pd.DataFrame) -> bool:
+    """Whether a frame has the columns that ``headline`` makes."""
+    return list(table.columns.names) == ["roi", "metric", "misregistration_mm", "statistic"]
+
+
+def headline_scores(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (roi, metric) pairs of a headline table, in order."""
+    return list(
+        dict.fromkeys(
+            zip(*(table.columns.get_level_values(name) for name in ("roi", "metric")), strict=True)
+        )
+    )
+
+
+def amplitudes_mm(table: pd.DataFrame, roi: str, metric: str) -> list[float]:
+    """The misregistrations at which a headline table has a score, rising."""
+    return [float(a) for a in score_columns(table, roi, metric).columns.unique(0)]
+
+
+def score_columns(table: pd.DataFrame, roi: str, metric: str) -> pd.DataFrame:
+    """One score of a headline table: columns (misregistration_mm, statistic)."""
+    return pd.DataFrame(table.xs((roi, metric), axis=1, level=("roi", "metric")))
+
+
+def score_label(roi: str, metric: str) -> str:
+    """A score as a reader expects it: ``Bone PSNR (dB)``."""
+    unit = f" ({_UNITS[metric]})" if metric in _UNITS else ""
+    name = metric.upper() if len(metric) <= 4 or metric == "hd95" else metric.replace("_", " ")
+    name = "Dice" if metric == "dice" else name
+    return f"{roi.capitalize()} {name}{unit}"
+
+
+def score_cells(table: pd.DataFrame, roi: str, metric: str) -> dict[str, list[Cell]]:
+    """Per method, one ``Cell`` for each of ``amplitudes_mm``.
+
+    Best is the best mean of its column as printed, so equal numbers are marked alike. The note
+    says how many cases counted where that is not the table's largest number, and how many values
+    were undefined.
+    """
+    part = score_columns(table, roi, metric)
+    decimals = 1 if metric in _UNITS else 3
+    amplitudes = amplitudes_mm(table, roi, metric)
+    means = part.xs("mean", axis=1, level=1).round(decimals)
+    best = (means.min() if metric in LOWER_IS_BETTER else means.max()).to_numpy(float)
+    most = float(part.xs("n", axis=1, level=1).to_numpy(float, na_value=0).max())
+    return {
+        str(method): [
+            _cell(part.loc[method, amplitude], decimals, best[column], most)
+            for column, amplitude in enumerate(amplitudes)
+        ]
+        for method in table.index
+    }
+
+
+def footnote(table: pd.DataFrame) -> str:
+    """What the numbers of a headline table are, in a sentence."""
+    kinds = table.columns.get_level_values("statistic")
+    undefined = int(np.nansum(table.loc[:, kinds == "undefined"].to_numpy(float)))
+    left_out = f"{undefined} undefined left out" if undefined else "none undefined"
+    most = np.nanmax(table.loc[:, kinds == "n"].to_numpy(float), initial=0)
+    return (
+        f"Mean over n = {most:.0f} cases unless a cell says otherwise ({left_out}), "
+        "with its 95% bootstrap interval over cases. Best of each column in bold."
+    )
+
+
+def paired_differences(
+    rows: Rows,
+    ours: str,
+    scores: Sequence[tuple[str, str]] | None = None,
+    resamples: int = 2000,
+) -> pd.DataFrame:
+    """Ours minus each baseline on the same cases, with a paired Wilcoxon test (method §6).
+
+    Wilcoxon (1945), two-sided; p-values are corrected by Holm (1979) over the baselines, within
+    each score and misregistration. Cases where either value is undefined are left out. Without
+    any difference p is 1; without any pair it is NaN.
+
+    Args:
+        rows: as ``cases.csv``; variants of a method are methods of their own, as in ``summary``.
+        ours: the method that the others are compared with.
+        scores: (roi, metric) pairs; None means all.
+        resamples: bootstrap draws of the cases for the 95% interval.
+
+    Returns:
+        One row a baseline, score and amplitude: method (the baseline), misregistration_mm, roi,
+        metric, difference, low, high, n, p, p_holm.
+
+    Raises:
+        ValueError: no row is from ``ours``.
+    """
+    frame = name_variants(as_rows(rows))
+    if ours not in set(frame["method"]):
+        raise ValueError(f"expected one of {sorted(set(frame['method']))} as ours, got {ours!r}")
+    records = []
+    keys = ["misregistration_mm", "roi", "metric"]
+    for (amplitude, roi, metric), group in frame.groupby(keys, sort=False):
+        if scores is not None and (roi, metric) not in scores:
+            continue
+        cases = group.groupby(["case_id", "method"], sort=False)["value"].mean().unstack()
+        for method in (name for name in cases.columns if name != ours and ours in cases):
+            difference = (cases[ours] - cases[method]).dropna().to_numpy(float)
+            interval = bootstrap_interval(difference, resamples=resamples)
+            mean = float(difference.mean()) if len(difference) else float("nan")
+            n, p = len(difference), _wilcoxon(difference)
+            records.append((method, amplitude, roi, metric, mean, *interval, n, p))
+    columns = [*_GROUPS, "roi", "metric", "difference", "low", "high", "n", "p"]
+    table = pd.DataFrame(records, columns=columns)
+    table["p_holm"] = table.groupby(keys)["p"].transform(lambda p: holm(p.to_numpy(float)))
+    return _in_order(table, [*_GROUPS, "roi", "metric"], frame)
+
+
+def holm(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """P-values adjusted for all of them being tested: Holm (1979). NaN stays and is not counted."""
+    adjusted = np.full(len(p), np.nan)
+    defined = np.flatnonzero(~np.isnan(p))
+    order = defined[np.argsort(p[defined], kind="stable")]
+    steps = (len(order) - np.arange(len(order))) * p[order]
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A table in GitHub's Markdown: one block a score for a headline table, else one block.
+
+    Numbers of other tables have four significant digits; NaN is a dash.
+    """
+    if not is_headline(table):
+        return _markdown(*plain_cells(table))
+    blocks = []
+    for roi, metric in headline_scores(table):
+        amplitudes = [f"{a:g} mm" for a in amplitudes_mm(table, roi, metric)]
+        body = [
+            [method, *(_markdown_cell(cell) for cell in cells)]
+            for method, cells in score_cells(table, roi, metric).items()
+        ]
+        blocks.append(_markdown([score_label(roi, metric), *amplitudes], body))
+    return "\n\n".join([*blocks, footnote(table)]) + "\n"
+
+
+def print_table(
+    table: pd.DataFrame, title: str | None = None, console: Console | None = None
+) -> None:
+    """Print a table to the terminal with rich: one block a score for a headline table.
+
+    A terminal too narrow for intervals shows means alone.
+    """
+    console = console or Console()
+    if not is_headline(table):
+        console.print(_rich(title, *plain_cells(table)))
+        return
+    if title:
+        console.print(f"[bold]{escape(title)}[/]")
+    for roi, metric in headline_scores(table):
+        amplitudes = [f"{a:g} mm" for a in amplitudes_mm(table, roi, metric)]
+        has_room = console.width >= 20 + 14 * len(amplitudes)
+        body = [
+            [escape(method), *(_rich_cell(cell, has_room) for cell in cells)]
+            for method, cells in score_cells(table, roi, metric).items()
+        ]
+        console.print(_rich(None, [score_label(roi, metric), *amplitudes], body, markup=True))
+    console.print(footnote(table), style="dim", highlight=False)
+
+
+def plain_cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and body of any frame as text; a named or textual index becomes columns."""
+    if (
+        table.index.name is not None
+        or table.index.nlevels > 1
+        or table.index.dtype.kind not in "iu"
+    ):
+        table = table.reset_index()
+    header = [" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in table.columns]
+    return header, [[_plain(value) for value in row] for row in table.itertuples(index=False)]
+
+
+def _in_order(table: pd.DataFrame, keys: Sequence[str], frame: pd.DataFrame) -> pd.DataFrame:
+    """Sorted by ``keys``: names in order of appearance in ``frame``, numbers rising."""
+
+    def rank(column: pd.Series) -> pd.Series:
+        if pd.api.types.is_numeric_dtype(column):
+            return column
+        order = {name: i for i, name in enumerate(frame[column.name].unique())}
+        return column.map(order)
+
+    return table.sort_values(list(keys), key=rank, kind="stable", ignore_index=True)
+
+
+def _wilcoxon(difference: Float[np.ndarray, " n"]) -> float:
+    if not len(difference):
+        return float("nan")
+    if not difference.any():
+        return 1.0
+    return float(stats.wilcoxon(difference).pvalue)
+
+
+def _cell(values: pd.Series, decimals: int, best: float, most: float) -> Cell:
+    mean, low, high, n, undefined = (float(values[name]) for name in STATISTICS)
+    notes = [f"n {n:.0f}"] if n < most else []
+    notes += [f"{undefined:.0f} undefined"] if undefined > 0 else []
+    return Cell(
+        mean=_number(mean, decimals),
+        interval=_interval(low, high, decimals),
+        note=", ".join(notes),
+        is_best=bool(np.round(mean, decimals) == best),
+    )
+
+
+def _interval(low: float, high: float, decimals: int) -> str:
+    if np.isnan(low):
+        return ""
+    between = _DASH if low >= 0 else " to "
+    return f"{low:.{decimals}f}{between}{high:.{decimals}f}"
+
+
+def _number(value: float, decimals: int) -> str:
+    if np.isnan(value):
+        return _DASH
+    return f"{value:.{decimals}f}" if np.isfinite(value) else ("∞" if value > 0 else "-∞")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float | np.floating):
+        return _DASH if np.isnan(value) else f"{value:.4g}"
+    return _DASH if value is None else str(value)
+
+
+def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    texts = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in texts)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    mean = f"**{cell.mean}**" if cell.is_best else cell.mean
+    interval = f" ({cell.interval})" if cell.interval else ""
+    return mean + interval + (f", {cell.note}" if cell.note else "")
+
+
+def _rich_cell(cell: Cell, has_room: bool) -> str:
+    mean = f"[bold]{cell.mean}[/]" if cell.is_best else cell.mean
+    below = "".join(
+        f"\n{line}" for line in ((cell.interval, cell.note) if has_room else ()) if line
+    )
+    return f"{mean}[dim]{below}[/]"
+
+
+def _rich(
+    title: str | None,
+    header: Sequence[str],
+    body: Iterable[Sequence[str]],
+    markup: bool = False,
+) -> Table:
+    table = Table(title=title and escape(title), box=rich.box.SIMPLE_HEAD, title_justify="left")
+    body = [[cell if markup else escape(cell) for cell in line] for line in body]
+    for number, name in enumerate(header):
+        widest = max((Text.from_markup(line[number]).cell_len for line in body), default=0)
+        table.add_column(
+            escape(name.replace("_", " ")) if number else escape(name),
+            justify="right" if number else "left",
+            min_width=None if markup else widest,
+            overflow="fold",
+        )
+    for line in body:
+        table.add_row(*line)
+    return table

@@ -1,0 +1,1 @@
+"""Masks of anatomy and findings, made from intensities and geometry."""

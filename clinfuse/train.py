@@ -1,0 +1,104 @@
+"""Train a method and score it: ``python -m clinfuse.train preset=stroke``."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from clinfuse.callbacks.loggers import all_of
+from clinfuse.callbacks.recorder import CaseRecorder
+from clinfuse.configuration import (
+    CONFIG_PATH,
+    build_method,
+    checkpoint_of,
+    in_one_sentence,
+    quiet_libraries,
+    register_resolvers,
+    run_config,
+    run_facts,
+)
+
+log = logging.getLogger(__name__)
+register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="train")
+@in_one_sentence
+def main(cfg: DictConfig) -> float | None:
+    """Fit, then sample and score the test cases; the objective metric goes back to a sweep."""
+    quiet_libraries()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    checkpoint = None
+    if cfg.resume:
+        checkpoint = checkpoint_of(cfg.resume)
+        cfg = resumed(cfg)
+    OmegaConf.resolve(cfg)
+    if not cfg.resume:
+        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # resolved: rebuilt without Hydra
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup("fit")
+    method = build_method(cfg)
+    if cfg.lesion_head is None and "lesion_head" in cfg.method:
+        log.info(
+            "no lesion head (lesion_head=RUN names one): gamma is off, lesion rows are left out"
+        )
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=all_of(instantiate(cfg.callbacks, _convert_="all")),
+        logger=all_of(instantiate(cfg.logger, _convert_="all")),
+        _convert_="all",
+    )
+    facts = {**run_facts(), "seed": cfg.seed, "data": data.describe()}
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    data.write_splits(folder / "splits.json")
+    if method.is_trainable:
+        trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    objective = trainer.callback_metrics.get(cfg.objective_metric)
+    if cfg.test:
+        for recorder in (c for c in trainer.callbacks if isinstance(c, CaseRecorder)):
+            recorder.facts = report_facts(cfg, facts)
+        trainer.test(method, datamodule=data, verbose=False)
+        print(f"report: {folder / 'report.html'}")
+    return None if objective is None else float(objective)
+
+
+def resumed(cfg: DictConfig) -> DictConfig:
+    """The interrupted run's own configuration, with what this command line changes."""
+    saved = run_config(cfg.resume)
+    changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+    groups = [o for o in changes if "=" in o and o.split("=")[0] in _GROUPS]
+    if groups:
+        raise ValueError(f"a resumed run keeps its method and data, and cannot change {groups}")
+    merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": cfg.resume})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+_GROUPS = {path.name for path in Path(CONFIG_PATH).iterdir() if path.is_dir()}
+
+
+def report_facts(cfg: DictConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the report's head says of a run, in a reader's words."""
+    guidance, data = cfg.guidance, facts["data"]
+    shown = {
+        "preset": f"{cfg.preset} (alpha {guidance.alpha}, beta {guidance.beta}, gamma {guidance.gamma})",
+        "guidance": f"eta {guidance.eta}, eta_u {guidance.eta_u}, kappa {guidance.kappa}",
+        "data": data["root"],
+        "cases": ", ".join(f"{count} {split}" for split, count in data["cases"].items()),
+        "split": f"by patient, {data['splits_source']}",
+        "training steps": cfg.trainer.max_steps,
+        "seed": cfg.seed,
+    }
+    return shown | {name: value for name, value in facts.items() if isinstance(value, str)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The rows of a case: against the truth, within the true masks, undefined where undefined."""
+
+from dataclasses import replace
+from time import process_time
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr
+from skimage.metrics import peak_signal_noise_ratio
+
+from clinfuse.functional.fsim import fsim
+from clinfuse.functional.ssim import ssim
+from clinfuse.functional.surface import dice, hd95, nsd
+from clinfuse.metrics.suite import case_metrics, regional_correlation
+from clinfuse.types import FusionBatch
+
+SPACING_MM = (4.0, 2.0, 2.0)
+SIMILARITY = [
+    ("brain", "ssim"),
+    ("brain", "fsim"),
+    ("bone", "psnr"),
+    ("bone", "ssim"),
+    ("whole", "psnr"),
+    ("whole", "ssim"),
+    ("whole", "fsim"),
+]
+
+
+def studies(cases: int = 2, shape=(6, 24, 24)) -> FusionBatch:
+    """Random studies whose sources and masks are all unlike the truth."""
+    mri, ct, reference, clean_mri, clean_ct = torch.rand(5, cases, 1, *shape) * 2 - 1
+    depth, height, width = shape
+    truth = torch.zeros(cases, 3, *shape, dtype=torch.bool)
+    truth[:, 0, 1:-1, height // 4 : -height // 4, width // 4 : -width // 4] = True
+    truth[:, 1, 1:-1, 2:-2, 2:5] = True
+    truth[:, 2, depth // 3 : -depth // 3, height // 3 : -height // 3, width // 2 : -width // 4] = (
+        True
+    )
+    return FusionBatch(
+        mri=mri,
+        ct=ct,
+        roi=truth.roll(3, -1),
+        spacing_mm=torch.tensor([SPACING_MM]).expand(cases, -1),
+        case_id=[f"case_{n}" for n in range(cases)],
+        reference=reference,
+        clean_mri=clean_mri,
+        clean_ct=clean_ct,
+        clean_roi=truth,
+    )
+
+
+def values(rows) -> dict[tuple[str, str], float]:
+    return {(roi, metric): value for roi, metric, value in rows}
+
+
+def test_each_region_is_compared_with_its_own_clean_source_within_the_true_mask():
+    batch = studies()
+    fused = torch.rand(batch.mri.shape) * 2 - 1
+    rows = case_metrics(fused, batch)
+    for case in range(2):
+        one = slice(case, case + 1)
+        f, mri, ct, reference, roi = (
+            t[one]
+            for t in (fused, batch.clean_mri, batch.clean_ct, batch.reference, batch.clean_roi)
+        )
+        brain, bone, whole = roi[:, 0:1], roi[:, 1:2], torch.ones_like(roi[:, 0:1])
+        expected = {
+            ("brain", "ssim"): ssim(f + 1, mri + 1, brain, SPACING_MM),
+            ("brain", "fsim"): fsim(f, mri, brain),
+            ("bone", "psnr"): peak_signal_noise_ratio(
+                ct[bone].numpy(), f[bone].numpy(), data_range=2.0
+            ),
+            ("bone", "ssim"): ssim(f + 1, ct + 1, bone, SPACING_MM),
+            ("whole", "psnr"): peak_signal_noise_ratio(
+                reference.numpy(), f.numpy(), data_range=2.0
+            ),
+            ("whole", "ssim"): ssim(f + 1, reference + 1, whole, SPACING_MM),
+            ("whole", "fsim"): fsim(f, reference, whole),
+        }
+        ours = values(rows[case])
+        assert list(ours) == SIMILARITY
+        for name, value in expected.items():
+            assert ours[name] == pytest.approx(float(value), abs=1e-4), name
+
+
+def test_perturbed_sources_and_masks_do_not_enter():
+    batch = studies()
+    fused = torch.rand(batch.mri.shape) * 2 - 1
+    blank = replace(batch, mri=batch.mri * 0, ct=batch.ct * 0, roi=torch.zeros_like(batch.roi))
+    assert case_metrics(fused, blank) == case_metrics(fused, batch)
+
+
+def test_without_clean_fields_the_batchs_own_sources_are_the_truth():
+    batch = studies()
+    fused = torch.rand(batch.mri.shape) * 2 - 1
+    own = replace(batch, clean_mri=None, clean_ct=None, clean_roi=None)
+    said = replace(batch, clean_mri=batch.mri, clean_ct=batch.ct, clean_roi=batch.roi)
+    assert case_metrics(fused, own) == case_metrics(fused, said)
+
+
+def test_lesion_rows_come_from_a_prediction_and_from_nothing_else():
+    batch = studies()
+    fused = torch.rand(batch.mri.shape) * 2 - 1
+    truth = batch.clean_roi[:, 2:3]
+    probability = 0.6 * truth.roll(1, -1)
+    rows = case_metrics(fused, batch, probability, tau_mm=1.0)
+    hard = probability > 0.5
+    for case in range(2):
+        ours, one = values(rows[case]), slice(case, case + 1)
+        assert ours["lesion", "dice"] == pytest.approx(dice(hard[one], truth[one]).item())
+        assert 0 < ours["lesion", "dice"] < 1
+        expected = nsd(hard[one], truth[one], SPACING_MM, 1.0).item()
+        assert ours["lesion", "nsd"] == pytest.approx(expected)
+        assert ours["lesion", "hd95"] == hd95(hard[one], truth[one], SPACING_MM).item() == 2
+    assert all(roi != "lesion" for case in case_metrics(fused, batch) for roi, _, _ in case)
+
+
+def test_no_lesion_and_none_predicted_is_undefined_and_not_perfect():
+    batch = studies()
+    batch.clean_roi[0, 2] = False
+    probability = torch.full(batch.mri.shape, 0.3)
+    ours = [values(rows) for rows in case_metrics(batch.mri, batch, probability)]
+    assert all(np.isnan(ours[0]["lesion", m]) for m in ("dice", "nsd", "hd95"))
+    assert ours[1]["lesion", "dice"] == ours[1]["lesion", "nsd"] == 0
+    assert np.isnan(ours[1]["lesion", "hd95"])
+
+
+def test_an_empty_region_or_an_absent_reference_is_undefined_for_its_case_alone():
+    batch = studies()
+    batch.clean_roi[0, :2] = False
+    fused = torch.rand(batch.mri.shape) * 2 - 1
+    empty, full = (values(rows) for rows in case_metrics(fused, batch, spread=fused.abs()))
+    for roi, metric in empty:
+        assert np.isnan(empty[roi, metric]) == (roi in ("brain", "bone")), (roi, metric)
+    assert np.isfinite(list(full.values())).all()
+    unknown = case_metrics(fused, replace(batch, reference=None), spread=fused.abs())[1]
+    for roi, metric, value in unknown:
+        assert np.isnan(value) == (roi == "whole" or metric == "spread_error_correlation")
+
+
+def test_spread_is_correlated_with_the_error_over_head_brain_and_bone():
+    batch = studies()
+    batch.reference[..., :4] = -1
+    fused = torch.rand(batch.mri.shape) * 2 - 1
+    error = (fused - batch.reference).abs()
+    spread = error + 0.5 * torch.rand(error.shape)
+    rows = values(case_metrics(fused, batch, spread=spread)[1])
+    head = batch.reference > -0.95
+    masks = {"whole": head, "brain": batch.clean_roi[:, 0:1], "bone": batch.clean_roi[:, 1:2]}
+    for roi, mask in masks.items():
+        expected = pearsonr(spread[1][mask[1]], error[1][mask[1]]).statistic
+        assert rows[roi, "spread_error_correlation"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_constant_spread_has_no_correlation():
+    error, everywhere = torch.rand(1, 1, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    assert regional_correlation(torch.full_like(error, 0.3), error, everywhere).isnan()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_fused_volume_that_is_not_finite_is_refused_and_not_left_out(bad):
+    batch = studies()
+    fused = batch.mri.clone()
+    fused[1, 0, 2, 3, 4] = bad
+    with pytest.raises(ValueError, match="case_1"):
+        case_metrics(fused, batch)
+
+
+def test_slices_are_measured_too():
+    batch = studies()
+    flat = {
+        name: getattr(batch, name)[:, :, 3]
+        for name in ("mri", "ct", "roi", "reference", "clean_mri", "clean_ct", "clean_roi")
+    }
+    slices = replace(batch, **flat, spacing_mm=batch.spacing_mm[:, 1:])
+    rows = case_metrics(flat["mri"], slices, flat["mri"].abs(), flat["mri"].abs())
+    assert all(np.isfinite(value) for case in rows for _, _, value in case)
+
+
+def test_a_whole_case_takes_about_half_a_second_of_one_core():
+    batch = studies(1, (32, 96, 96))
+    probability = torch.rand(batch.mri.shape)
+    case_metrics(batch.mri, batch, probability, batch.ct.abs())
+    start = process_time()
+    case_metrics(batch.mri, batch, probability, batch.ct.abs())
+    assert process_time() - start < 1.2  # 0.35 s undisturbed; the rest is for a busy machine

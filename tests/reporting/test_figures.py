@@ -1,0 +1,158 @@
+import io
+import math
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from clinfuse.reporting.figures import (
+    ACCENT,
+    LARGEST_FIGURE_BYTES,
+    case_figure,
+    figure_png,
+    figure_svg,
+    robustness_figure,
+    save_figures,
+)
+from clinfuse.reporting.rows import case_rows
+from clinfuse.reporting.tables import headline
+from clinfuse.reporting.views import CaseView
+
+KEY = {"preset": "stroke", "mask_source": "expert", "steps": 0, "seed": 0}
+
+
+def noisy_case(case_id="case_000", shape=(10, 40, 36), spread=True):
+    """An ellipsoid of noise: the hardest content to compress."""
+    random = np.random.default_rng(0)
+    axes = [np.linspace(-1.2, 1.2, n) for n in shape]
+    head = sum(a**2 for a in np.meshgrid(*axes, indexing="ij")) < 1
+    mri, ct, fused = (np.where(head, v, -1) for v in random.uniform(-0.7, 1, (3, *shape)))
+    return CaseView(
+        case_id,
+        mri,
+        ct,
+        fused,
+        (5.0, 2.0, 2.0),
+        reference=mri,
+        spread=np.abs(fused - mri) / 4 if spread else None,
+        lesion=head & (random.uniform(size=shape) > 0.9),
+    )
+
+
+@pytest.fixture
+def table():
+    rows = []
+    for method, fall in (("ours", 0.5), ("mask_composite", 6.0), ("average", 0.2), ("max", 0.2)):
+        for mm in (0.0, 1.0, 3.0):
+            for case in range(4):
+                psnr = 30 - fall * mm + 0.1 * case
+                scores = [("bone", "psnr", psnr), ("brain", "ssim", psnr / 40)]
+                key = {"case_id": f"case_{case}", "method": method, "misregistration_mm": mm}
+                rows += case_rows(scores, **key, **KEY)
+    return headline(rows)
+
+
+def test_a_case_has_a_tile_for_each_plane_and_panel_on_one_scale():
+    figure = case_figure(noisy_case())
+    tiles = [axes for axes in figure.axes if axes.images]
+    assert len(tiles) == 15
+    widths = {np.ptp(axes.get_xlim()).round(6) for axes in tiles}
+    assert len(widths) == 1
+    figure.draw_without_rendering()
+    for axes in tiles:  # a millimetre is equally long in both directions
+        box = axes.get_window_extent()
+        per_mm = box.width / np.ptp(axes.get_xlim()), box.height / abs(np.ptp(axes.get_ylim()))
+        assert per_mm[0] == pytest.approx(per_mm[1], rel=1e-6)
+
+
+def test_every_tile_carries_its_four_directions():
+    for number, axes in enumerate(case_figure(noisy_case()).axes[:15]):
+        texts = {text.get_text() for text in axes.texts}
+        assert texts >= [set("RLAP"), set("RLSI"), set("APSI")][number // 5]
+
+
+def test_the_lesion_is_outlined_on_the_mri_only():
+    axes = case_figure(noisy_case()).axes
+    assert len(axes[0].lines) > 1  # the bar of 50 mm, then borders
+    assert all(not other.lines for other in axes[1:5])
+    start, end = axes[0].lines[0].get_xdata()
+    assert end - start == 50
+
+
+def test_curves_go_through_the_means_of_the_table(table):
+    figure = robustness_figure(table, highlight="ours")
+    bone, brain = figure.axes
+    assert (bone.get_title(loc="left"), brain.get_title(loc="left")) == (
+        "Bone PSNR (dB)",
+        "Brain SSIM",
+    )
+    drawn = {line.get_color(): line.get_xydata() for line in bone.lines}
+    expected = table.loc["ours", ("bone", "psnr")].unstack()["mean"]
+    np.testing.assert_allclose(drawn[ACCENT], list(expected.items()))
+    assert len(bone.lines) == 4 and len(bone.collections) == 1  # one band, that of ours
+    assert [text.get_text() for text in bone.get_xticklabels()] == ["0", "1", "3"]
+
+
+def test_names_of_lines_do_not_overlap_and_keep_the_lines_order(table):
+    figure = robustness_figure(table)
+    figure.draw_without_rendering()
+    boxes = {t.get_text(): t.get_window_extent() for t in figure.axes[0].texts}
+    assert set(boxes) == set(table.index)
+    ordered = sorted(boxes.values(), key=lambda box: box.y0)
+    assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(ordered))
+    assert boxes["mask_composite"].y0 == ordered[0].y0
+
+
+def test_undefined_and_infinite_means_leave_gaps():
+    rows = []
+    for mm, value in ((0.0, math.inf), (1.0, math.nan), (2.0, 20.0)):
+        key = {"case_id": "a", "method": "copy", "misregistration_mm": mm}
+        rows += case_rows([("bone", "psnr", value)], **key, **KEY)
+    [line] = robustness_figure(headline(rows)).axes[0].lines
+    assert np.isnan(line.get_ydata()).tolist() == [True, True, False]
+
+
+def test_files_are_named_after_cases_and_small(tmp_path, table):
+    cases = [noisy_case("a/b", (12, 80, 70)), noisy_case("a_b"), noisy_case("..", spread=False)]
+    paths = save_figures(tmp_path / "figures", cases, table, highlight="ours")
+    assert [p.name for p in paths] == ["a_b.png", "a_b_2.png", "case.png", "robustness.png"]
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == sorted(p.name for p in paths)
+    for path in paths:
+        assert 1000 < path.stat().st_size <= LARGEST_FIGURE_BYTES
+        assert Image.open(path).width > 500
+
+
+def test_a_figure_that_is_too_large_gets_coarser():
+    figure = Figure(figsize=(4, 4))
+    figure.subplots().imshow(np.random.default_rng(0).random((300, 300)), cmap="gray")
+    content = figure_png(figure, dpi=100.0, largest_bytes=20_000)
+    assert len(content) <= 20_000
+    assert 50 < Image.open(io.BytesIO(content)).width < 400
+
+
+def test_a_palette_keeps_greys_and_white():
+    figure = Figure(figsize=(4, 4), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(np.random.default_rng(0).random((200, 200)), cmap="gray", vmin=0, vmax=1)
+    axes.axis("off")
+    full = figure_png(figure, 100.0, 10**9)
+    exact = np.asarray(Image.open(io.BytesIO(full)).convert("RGB"))
+    image = Image.open(io.BytesIO(figure_png(figure, 100.0, len(full) - 1)))
+    assert image.mode == "P" and image.size == exact.shape[1::-1]
+    shown = np.asarray(image.convert("RGB")).astype(int)
+    assert abs(shown - exact).max() <= 255 / 118 / 2 + 1
+    assert shown[exact == 255].min() == 255
+
+
+def test_svg_for_a_page_has_no_link_and_takes_the_pages_colours(table):
+    svg = figure_svg(robustness_figure(table, "ours"), {ACCENT: "var(--accent)"})
+    assert svg.startswith("<svg viewBox=") and svg.rstrip().endswith("</svg>")
+    assert "http" not in svg and "<metadata" not in svg and "<style" not in svg
+    assert "var(--accent)" in svg and ACCENT not in svg
+    assert "mask_composite</text>" in svg
+    ids = re.findall(r' id="([^"]+)"', svg)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', svg)) <= set(ids)

@@ -1,0 +1,246 @@
+import base64
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from clinfuse.reporting.html import write_report
+from clinfuse.reporting.rows import case_rows
+from clinfuse.reporting.tables import headline, score_cells
+from clinfuse.reporting.views import CANVAS_MARGIN_MM, CaseView, chosen_slices, cropped, head_box
+
+SPACING_MM = (5.0, 2.0, 2.0)
+FACTS = {"preset": "stroke", "β bone": 1.2, "commit": "3f9c1ab"}
+
+
+class Page(HTMLParser):
+    """Elements with attributes, and text, of a page whose tags must be balanced."""
+
+    VOID = ("meta", "img", "input", "br", "path", "use", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self.open, self.unbalanced = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID and (not self.open or self.open.pop() != tag):
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag, css_class=None):
+        found = [a for t, a in self.elements if t == tag]
+        return [
+            a for a in found if css_class is None or css_class in (a.get("class") or "").split()
+        ]
+
+
+def case(case_id="case_000", shape=(8, 30, 28), **changes):
+    axes = [np.linspace(-1.2, 1.2, n) for n in shape]
+    radius = np.sqrt(sum(a**2 for a in np.meshgrid(*axes, indexing="ij")))
+    ramp = np.broadcast_to(axes[2], shape)
+    mri = np.where(radius < 1, 0.5 * ramp, -1.0)
+    ct = np.where(radius < 1, np.where(radius > 0.8, 0.9, -0.3), -1.0)
+    lesion = np.zeros(shape, bool)
+    lesion[5, 12:16, 18:21] = True
+    view = CaseView(
+        case_id,
+        mri,
+        ct,
+        np.where(radius > 0.8, ct, mri),
+        SPACING_MM,
+        reference=np.where(radius > 0.85, ct, mri),
+        spread=0.1 * (radius < 1),
+        lesion=lesion,
+        caption="ours, CT moved by 2 mm",
+        scores={"bone PSNR": 24.3123, "lesion Dice": float("nan")},
+    )
+    return replace(view, **changes)
+
+
+@pytest.fixture
+def table():
+    rows = []
+    for method, level in (("ours", 25.0), ("average", 20.0)):
+        for mm in (0.0, 2.0):
+            for number in range(5):
+                key = {"case_id": str(number), "method": method, "misregistration_mm": mm}
+                key |= {"preset": "stroke", "mask_source": "expert", "steps": 6, "seed": 0}
+                rows += case_rows([("bone", "psnr", level - mm + 0.3 * number)], **key)
+    return headline(rows)
+
+
+def report(tmp_path, cases, tables=None, facts=FACTS, **options):
+    path = write_report(
+        tmp_path / "run" / "report.html", "A run", cases, tables or {}, facts, **options
+    )
+    return path.read_text("utf-8")
+
+
+def test_the_report_needs_nothing_but_itself(tmp_path, table):
+    text = report(tmp_path, [case()], {"Scores": table}, highlight="ours")
+    page = Page(text)
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    outside = r"https?:|//[a-z]|@import|url\((?!#)"
+    assert not re.search(outside, re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text))
+    links = [a["href"] for t, a in page.elements if t in ("a", "use") and "href" in a]
+    assert all(link.startswith("#") for link in links)
+
+
+def test_the_page_is_well_formed_and_its_links_lead_somewhere(tmp_path, table):
+    page = Page(report(tmp_path, [case("a"), case("b")], {"Scores": table}, highlight="ours"))
+    assert page.unbalanced == [] and page.open == []
+    ids = {a["id"] for _, a in page.elements if "id" in a}
+    assert {a["href"][1:] for a in page.all("a")} <= ids
+
+
+def test_facts_title_and_the_warning_are_there(tmp_path):
+    text = " ".join(Page(report(tmp_path, [])).text)
+    for expected in ("A run", "Research use only", *FACTS, *map(str, FACTS.values())):
+        assert expected in text
+
+
+def test_both_themes_define_every_colour(tmp_path):
+    text = report(tmp_path, [])
+    light, dark = (
+        re.findall(r"(--[\w-]+):", b) for b in re.findall(r":root \{(.*?)\}", text, re.S)
+    )
+    used = set(re.findall(r"var\((--[\w-]+)\)", text)) - {"--columns", "--sans"}
+    assert used <= set(light) and set(light) - {"--sans"} == set(dark)
+
+
+def test_what_a_user_typed_cannot_become_markup(tmp_path):
+    nasty = "<script>alert(1)</script>"
+    frame = pd.DataFrame({nasty: [nasty]})
+    text = report(tmp_path, [case(nasty, caption=nasty)], {nasty: frame}, {nasty: nasty})
+    assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_headline_cells_show_mean_interval_and_the_best_in_bold(tmp_path, table):
+    text = report(tmp_path, [], {"Scores": table}, highlight="ours")
+    for method, cells in score_cells(table, "bone", "psnr").items():
+        for cell in cells:
+            assert cell.is_best == (method == "ours")
+            mean = f"<b>{cell.mean}</b>" if cell.is_best else cell.mean
+            assert f"<td>{mean}<small>{cell.interval}</small></td>" in text
+    assert text.count('<tr class="ours">') == 1
+    assert text.count("<svg viewBox") == 1 and "n = 5 cases" in text
+
+
+def test_a_report_of_a_run_without_scores_or_cases_is_written(tmp_path):
+    text = report(tmp_path, [], {"Scores": headline([])})
+    assert "n = 0 cases" in text and "<svg" not in text and ">Cases<" not in text
+
+
+def test_any_other_table_is_shown_as_it_stands(tmp_path):
+    frame = pd.DataFrame({"method": ["wavelet"], "p_holm": [0.03125]})
+    text = report(tmp_path, [], {"Paired tests": frame})
+    assert "<td>wavelet</td><td>0.03125</td>" in text and "Paired tests" in text
+
+
+def test_each_case_has_fifteen_tiles_with_directions_in_true_proportions(tmp_path):
+    view = case()
+    page = Page(report(tmp_path, [view], largest_bytes=10_000))  # no room for a stack
+    assert page.all("img") == []  # nor for the case
+    text = report(tmp_path, [replace(view, lesion=None)])
+    text = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+    page = Page(text)
+    assert len(page.all("img")) == len(page.all("figure", "tile")) == 15
+    sides = re.findall(r'class="side left">(\w)<.*?right">(\w)<.*?top">(\w)<.*?bottom">(\w)<', text)
+    assert sides == [tuple("RLAP")] * 5 + [tuple("RLSI")] * 5 + [tuple("APSI")] * 5
+    d, h, w = np.multiply(cropped(view).mri.shape, SPACING_MM)
+    sizes = [(w, h)] * 5 + [(w, d)] * 5 + [(h, d)] * 5
+    for figure, picture, image, (across, along) in zip(
+        page.all("figure", "tile"), page.all("div", "picture"), page.all("img"), sizes, strict=True
+    ):
+        width, height = map(float, re.findall(r"[\d.]+", figure["style"]))
+        assert width == pytest.approx(max(h, w) + 2 * CANVAS_MARGIN_MM)
+        part = [float(number) / 100 for number in re.findall(r"([\d.]+)%", picture["style"])]
+        assert (width * part[0], height * part[1]) == pytest.approx((across, along), abs=0.01)
+        shown = decoded(image)
+        assert shown.width / shown.height == pytest.approx(across / along, rel=0.02)
+
+
+def decoded(image):
+    return Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
+
+
+def test_the_tile_shows_the_chosen_slice_in_radiological_convention(tmp_path):
+    view = case()
+    first = np.asarray(decoded(Page(report(tmp_path, [view])).all("img")[0])).astype(float)
+    box, d = head_box(view), chosen_slices(view)[0]
+    expected = view.mri[d][box[1:]][::-1, ::-1]
+    middle = first[first.shape[0] // 2]
+    assert d == 5
+    inside = middle[len(middle) // 4 : -len(middle) // 4]
+    assert (np.diff(inside) <= 0).all() and inside[0] > inside[
+        -1
+    ]  # the MRI is brighter to the right
+    assert first.max() == pytest.approx(255 * (expected.max() + 1) / 2, abs=3)
+
+
+def test_panels_that_a_case_lacks_are_not_shown(tmp_path):
+    view = case(reference=None, spread=None, lesion=None)
+    text = re.sub(r"<details>.*?</details>", "", report(tmp_path, [view]), flags=re.S)
+    page = Page(text)
+    assert len(page.all("img")) == 9 and not page.all("input") and not page.all("path", "outline")
+    assert "--columns: 3" in text
+
+
+def test_the_lesion_is_outlined_and_its_volume_told(tmp_path):
+    view = case()
+    text = report(tmp_path, [view])
+    assert len(Page(text).all("path", "outline")) >= 9  # three planes of MRI, CT and fused
+    volume_ml = 4 * 3 * 5 * 2 * 2 / 1000
+    assert f"lesion {volume_ml:.1f} ml" in text
+    assert "no lesion" in report(tmp_path, [case(lesion=np.zeros_like(view.lesion))])
+
+
+def test_scores_of_a_case_are_shown_and_an_undefined_one_says_so(tmp_path):
+    text = report(tmp_path, [case()])
+    assert "<dt>bone PSNR</dt><dd>24.31</dd>" in text
+    assert "<dt>lesion Dice</dt><dd>undefined</dd>" in text
+
+
+def test_the_stack_holds_every_axial_slice_of_the_head(tmp_path):
+    view = case()
+    page = Page(report(tmp_path, [view]))
+    assert len(page.all("img")) == 15 + 3 * len(cropped(view).mri)
+    assert len([a for a in page.all("div", "first")]) == 1
+
+
+def test_a_report_of_many_noisy_cases_stays_within_its_size(tmp_path):
+    random = np.random.default_rng(0)
+    shape = (16, 60, 60)
+    noise = random.uniform(-0.5, 1, shape)
+    views = [
+        CaseView(f"case_{n:03d}", noise, noise[::-1], noise[:, ::-1], SPACING_MM) for n in range(6)
+    ]
+    whole = len(report(tmp_path, views).encode())
+    for limit in (whole // 2, whole // 12, whole // 60):
+        text = report(tmp_path, views, largest_bytes=limit)
+        assert len(text.encode()) <= limit
+    shown = len(Page(text).all("article"))
+    assert shown < 6 and f"The first {shown} of 6 cases are shown" in text
+
+
+def test_an_old_report_is_replaced_whole(tmp_path):
+    report(tmp_path, [case("old")])
+    assert "old" not in Page(report(tmp_path, [case("new")])).text
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["report.html"]

@@ -1,0 +1,124 @@
+import math
+
+import pandas as pd
+import pytest
+
+from clinfuse.reporting import rows as rows_module
+from clinfuse.reporting.rows import CASE_COLUMNS, as_rows, case_rows, read_rows, write_rows
+
+KEY = {
+    "case_id": "007",
+    "method": "wavelet",
+    "preset": "default",
+    "seed": 0,
+    "misregistration_mm": 2.0,
+    "mask_source": "None",
+    "steps": 0,
+}
+
+
+def row(**changes):
+    return {**KEY, "roi": "bone", "metric": "psnr", "value": 21.5, **changes}
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    written = [row(), row(case_id="NA", value=0.1 + 0.2), row(roi="brain", value=-math.inf)]
+    write_rows(tmp_path / "run" / "cases.csv", written)
+    read = read_rows(tmp_path / "run" / "cases.csv")
+    assert tuple(read.columns) == CASE_COLUMNS
+    assert read.to_dict("records") == written
+
+
+def test_pandas_alone_reads_the_file_in_the_contract_s_columns(tmp_path):
+    write_rows(tmp_path / "cases.csv", [row(), row(roi="lesion", metric="hd95", value=math.nan)])
+    header, _, undefined = (tmp_path / "cases.csv").read_text().splitlines()
+    assert header == ",".join(CASE_COLUMNS)
+    assert undefined.endswith("lesion,hd95,nan")
+    assert pd.read_csv(tmp_path / "cases.csv")["value"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("text", ["", "nan", "NaN"])
+def test_an_undefined_value_is_nan_however_it_is_spelt(tmp_path, text):
+    line = ",".join(str(v) for v in list(row().values())[:-1])
+    (tmp_path / "cases.csv").write_text(",".join(CASE_COLUMNS) + f"\n{line},{text}\n")
+    assert math.isnan(read_rows(tmp_path / "cases.csv")["value"].item())
+
+
+def test_a_row_with_the_same_key_replaces_the_old_one(tmp_path):
+    path = tmp_path / "cases.csv"
+    write_rows(path, [row(value=1.0), row(case_id="008", value=2.0)])
+    write_rows(path, [row(value=3.0), row(misregistration_mm=3, value=4.0)])
+    values = read_rows(path).set_index(["case_id", "misregistration_mm"])["value"].to_dict()
+    assert values == {("007", 2.0): 3.0, ("008", 2.0): 2.0, ("007", 3.0): 4.0}
+
+
+def test_the_last_of_two_rows_with_one_key_wins_even_after_rounding_errors():
+    frame = as_rows([row(misregistration_mm=0.3, value=1.0), row(misregistration_mm=0.1 * 3)])
+    assert frame["value"].tolist() == [21.5]
+
+
+def test_every_part_of_the_key_keeps_rows_apart():
+    others = [
+        row(**{name: value})
+        for name, value in {
+            "case_id": "8",
+            "method": "average",
+            "preset": "stroke",
+            "seed": 1,
+            "misregistration_mm": 1.0,
+            "mask_source": "expert",
+            "steps": 6,
+            "roi": "brain",
+            "metric": "ssim",
+        }.items()
+    ]
+    assert len(as_rows([row(), *others])) == 10
+
+
+def test_scores_of_a_case_become_rows():
+    made = case_rows([("bone", "psnr", 21.5), ("lesion", "dice", math.nan)], **KEY)
+    assert made[0] == row()
+    assert math.isnan(made[1]["value"]) and made[1]["metric"] == "dice"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"colour": 1}, "colour"),
+        ({"value": "high"}, "value"),
+        ({"seed": 0.5}, "seed"),
+        ({"misregistration_mm": "nan"}, "misregistration_mm"),
+        ({"case_id": None}, "case_id"),
+        ({"method": ""}, "method"),
+    ],
+)
+def test_a_bad_row_is_refused_and_the_file_kept(tmp_path, bad, message):
+    write_rows(tmp_path / "cases.csv", [row()])
+    before = (tmp_path / "cases.csv").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        write_rows(tmp_path / "cases.csv", [row(**bad)])
+    assert (tmp_path / "cases.csv").read_bytes() == before
+
+
+def test_a_missing_column_is_named():
+    incomplete = row()
+    del incomplete["steps"]
+    with pytest.raises(ValueError, match=r"missing \['steps'\]"):
+        as_rows([incomplete])
+
+
+def test_files_without_rows_say_so(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.csv"):
+        read_rows(tmp_path / "empty.csv")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other\.csv"):
+        read_rows(tmp_path / "other.csv")
+
+
+def test_no_rows_make_an_empty_file_with_a_header(tmp_path):
+    write_rows(tmp_path / "cases.csv", [])
+    assert read_rows(tmp_path / "cases.csv").empty
+    assert (tmp_path / "cases.csv").read_text() == ",".join(rows_module.CASE_COLUMNS) + "\n"

@@ -1,0 +1,259 @@
+import io
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from clinfuse.reporting.rows import case_rows
+from clinfuse.reporting.tables import (
+    amplitudes_mm,
+    bootstrap_interval,
+    footnote,
+    headline,
+    holm,
+    is_headline,
+    paired_differences,
+    print_table,
+    score_cells,
+    score_label,
+    summary,
+    to_markdown,
+)
+
+SCORES = {("bone", "psnr"): 20.0, ("brain", "ssim"): 0.8, ("lesion", "hd95"): 3.0}
+
+
+def rows_of(method, values, roi="bone", metric="psnr", mm=0.0, seed=0, **changes):
+    key = {"preset": "stroke", "mask_source": "expert", "steps": 0, **changes}
+    return [
+        row
+        for number, value in enumerate(values)
+        for row in case_rows(
+            [(roi, metric, value)],
+            case_id=f"case_{number}",
+            method=method,
+            seed=seed,
+            misregistration_mm=mm,
+            **key,
+        )
+    ]
+
+
+@pytest.fixture
+def rows():
+    """Two methods, two amplitudes, three scores, six cases; one undefined HD95 of each method."""
+    random = np.random.default_rng(1)
+    made = []
+    for method, offset in (("ours", 0.05), ("average", 0.0)):
+        for mm in (2.0, 0.0):
+            for (roi, metric), level in SCORES.items():
+                values = level * (1 + offset - 0.02 * mm + 0.03 * random.standard_normal(6))
+                values[3 if metric == "hd95" and mm == 2.0 else slice(0)] = math.nan
+                made += rows_of(method, values, roi, metric, mm)
+    return made
+
+
+def test_summary_agrees_with_pandas(rows):
+    ours = summary(rows).set_index(["method", "misregistration_mm", "roi", "metric"])
+    groups = pd.DataFrame(rows).groupby(["method", "misregistration_mm", "roi", "metric"])["value"]
+    theirs = groups.agg(mean="mean", n="count", undefined=lambda v: v.isna().sum())
+    pd.testing.assert_frame_equal(
+        ours[["mean", "n", "undefined"]].sort_index(), theirs.sort_index(), check_dtype=False
+    )
+    assert ours.loc[("ours", 2.0, "lesion", "hd95"), ["n", "undefined"]].tolist() == [5, 1]
+
+
+def test_the_interval_agrees_with_scipys_percentile_bootstrap():
+    values = np.random.default_rng(0).lognormal(size=12)
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(5)
+    ).confidence_interval
+    ours = bootstrap_interval(values, resamples=20000)
+    # Monte Carlo error of a 2.5% quantile from 20000 draws is about 0.02 standard errors.
+    np.testing.assert_allclose(ours, theirs, atol=0.06 * values.std() / math.sqrt(12))
+
+
+def test_a_wider_confidence_gives_a_wider_interval_and_the_seed_repeats_it():
+    values = np.arange(10.0)
+    low, high = bootstrap_interval(values, confidence=0.5)
+    wide_low, wide_high = bootstrap_interval(values, confidence=0.99)
+    assert wide_low < low < values.mean() < high < wide_high
+    assert (low, high) == bootstrap_interval(values, confidence=0.5)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.inf]])
+def test_too_little_to_resample_has_no_interval(values):
+    assert np.isnan(bootstrap_interval(np.array(values, dtype=float))).all()
+
+
+def test_seeds_of_one_case_are_averaged_before_cases_are():
+    twice = rows_of("ours", [10.0, 20.0]) + rows_of("ours", [30.0], seed=1)
+    [line] = summary(twice).to_dict("records")
+    assert (line["mean"], line["n"]) == (20.0, 2)  # (10 + 30) / 2 and 20, not 60 / 3
+    low, high = bootstrap_interval(np.array([20.0, 20.0]))
+    assert (line["low"], line["high"]) == (low, high)
+
+
+def test_a_score_that_no_case_defines_is_nan_and_counted():
+    [line] = summary(rows_of("ours", [math.nan] * 3)).to_dict("records")
+    assert math.isnan(line["mean"]) and (line["n"], line["undefined"]) == (0, 3)
+
+
+def test_rows_that_answer_different_questions_are_not_averaged():
+    mixed = rows_of("ours", [1.0, 2.0]) + rows_of("ours", [5.0, 6.0], mask_source="none", steps=6)
+    means = summary(mixed + rows_of("average", [0.0])).set_index("method")["mean"].to_dict()
+    assert means == {
+        "ours (mask source expert, steps 0)": 1.5,
+        "ours (mask source none, steps 6)": 5.5,
+        "average": 0.0,
+    }
+
+
+def test_amplitudes_rise_and_methods_keep_their_order(rows):
+    table = headline(rows)
+    assert list(table.index) == ["ours", "average"]
+    assert amplitudes_mm(table, "bone", "psnr") == [0.0, 2.0]
+    assert summary(rows)["misregistration_mm"].iloc[0] == 0.0
+
+
+def test_headline_holds_the_numbers_of_the_summary(rows):
+    table = headline(rows, scores=tuple(SCORES))
+    assert is_headline(table) and not is_headline(summary(rows))
+    long = summary(rows)
+    assert table.size == long[["mean", "low", "high", "n", "undefined"]].size
+    for line in long.to_dict("records"):
+        for name in ("mean", "low", "high", "n", "undefined"):
+            column = (line["roi"], line["metric"], line["misregistration_mm"], name)
+            assert table.loc[line["method"], column] == line[name]
+
+
+def test_a_method_without_a_score_has_a_gap_and_is_not_best():
+    table = headline(rows_of("ours", [1.0, 2.0]) + rows_of("other", [3.0, 4.0], "brain", "ssim"))
+    [cell] = score_cells(table, "bone", "psnr")["other"]
+    assert (cell.mean, cell.interval, cell.is_best) == ("\N{EN DASH}", "", False)
+    assert score_cells(table, "bone", "psnr")["ours"][0].is_best
+
+
+def test_best_is_the_smallest_distance_and_the_largest_of_the_others(rows):
+    table = headline(rows, scores=tuple(SCORES))
+    for (roi, metric), numbers in (
+        (score, table[score].xs("mean", axis=1, level=1)) for score in SCORES
+    ):
+        winners = numbers.idxmin() if metric == "hd95" else numbers.idxmax()
+        cells = score_cells(table, roi, metric)
+        for column, winner in enumerate(winners):
+            best = [method for method, line in cells.items() if line[column].is_best]
+            assert best == [winner]
+
+
+def test_means_that_print_alike_are_best_together():
+    table = headline(rows_of("a", [20.01, 20.01]) + rows_of("b", [20.04, 20.04]))
+    cells = score_cells(table, "bone", "psnr")
+    assert [cells[m][0].is_best for m in "ab"] == [True, True]
+
+
+def test_a_perfect_copy_has_infinite_psnr_and_is_best():
+    table = headline(rows_of("copy", [math.inf, math.inf]) + rows_of("other", [30.0, 31.0]))
+    [cell] = score_cells(table, "bone", "psnr")["copy"]
+    assert (cell.mean, cell.interval, cell.is_best) == ("∞", "", True)
+
+
+def test_cells_that_miss_cases_say_so(rows):
+    table = headline(rows, scores=tuple(SCORES))
+    full, missing = score_cells(table, "lesion", "hd95")["ours"]
+    assert (full.note, missing.note) == ("", "n 5, 1 undefined")
+    assert "n = 6" in footnote(table) and "2 undefined" in footnote(table)
+
+
+def test_differences_and_p_values_agree_with_scipy(rows):
+    table = paired_differences(rows, "ours", scores=[("bone", "psnr"), ("lesion", "hd95")])
+    wide = pd.DataFrame(rows).pivot(
+        index=["roi", "metric", "misregistration_mm", "case_id"], columns="method", values="value"
+    )
+    assert len(table) == 4 and set(table["method"]) == {"average"}
+    for line in table.to_dict("records"):
+        pairs = wide.loc[(line["roi"], line["metric"], line["misregistration_mm"])].dropna()
+        assert line["n"] == len(pairs)
+        assert line["difference"] == pytest.approx((pairs["ours"] - pairs["average"]).mean())
+        assert line["p"] == stats.wilcoxon(pairs["ours"], pairs["average"]).pvalue
+        assert line["low"] < line["difference"] < line["high"]
+
+
+def test_holm_agrees_with_a_table_worked_by_hand():
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1, then never falling.
+    p = np.array([0.01, 0.04, math.nan, 0.03, 0.005])
+    np.testing.assert_allclose(holm(p), [0.03, 0.06, math.nan, 0.06, 0.02])
+    np.testing.assert_allclose(holm(np.array([0.6, 0.7])), [1.0, 1.0])
+
+
+def test_holm_corrects_over_baselines_within_a_score_and_amplitude():
+    random = np.random.default_rng(0)
+    values = random.normal(20, 1, 10)
+    many = rows_of("ours", values + 1) + rows_of("a", values) + rows_of("b", values + 0.9)
+    many += rows_of("ours", values + 1, mm=1.0) + rows_of("a", values, mm=1.0)
+    table = paired_differences(many, "ours").set_index(["method", "misregistration_mm"])
+    assert table.loc[("a", 0.0), "p_holm"] == pytest.approx(2 * table.loc[("a", 0.0), "p"])
+    assert table.loc[("a", 1.0), "p_holm"] == table.loc[("a", 1.0), "p"]
+
+
+def test_methods_that_agree_everywhere_are_not_different():
+    table = paired_differences(rows_of("ours", [1.0, 2.0]) + rows_of("twin", [1.0, 2.0]), "ours")
+    assert table[["difference", "p", "p_holm"]].iloc[0].tolist() == [0.0, 1.0, 1.0]
+
+
+def test_comparing_with_a_method_that_did_not_run_is_refused(rows):
+    with pytest.raises(ValueError, match="diff_fccf"):
+        paired_differences(rows, "diff_fccf")
+
+
+def test_markdown_has_a_block_a_score_with_the_best_in_bold(rows):
+    text = to_markdown(headline(rows))
+    lines = text.splitlines()
+    assert lines[0] == "| Bone PSNR (dB) | 0 mm | 2 mm |"
+    best = summary(rows).query("roi == 'bone' and misregistration_mm == 0")["mean"].max()
+    assert f"**{best:.1f}**" in lines[2]
+    assert sum(line.startswith("| ---") for line in lines) == 2  # whole SSIM has no rows
+    assert lines[-1] == footnote(headline(rows))
+
+
+def test_markdown_of_any_frame_keeps_its_index_and_escapes_bars():
+    frame = pd.DataFrame({"a|b": [1.23456, math.nan]}, index=pd.Index(["x", "y"], name="case"))
+    assert to_markdown(frame).splitlines() == [
+        "| case | a\\|b |",
+        "| --- | ---: |",
+        "| x | 1.235 |",
+        "| y | \N{EN DASH} |",
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 160])
+def test_the_terminal_shows_means_and_intervals_where_they_fit(rows, width):
+    console = Console(file=io.StringIO(), width=width)
+    print_table(headline(rows), "Scores", console)
+    text = console.file.getvalue()
+    cell = score_cells(headline(rows), "bone", "psnr")["ours"][0]
+    assert "Scores" in text and "Bone PSNR (dB)" in text and cell.mean in text
+    assert (cell.interval in text) == (width == 160)
+
+
+def test_the_terminal_prints_any_frame_as_it_stands(rows):
+    console = Console(file=io.StringIO(), width=120)
+    print_table(pd.DataFrame({"method": ["[bold]x"], "value": [0.5]}), "Plain", console)
+    assert "[bold]x" in console.file.getvalue() and "0.5" in console.file.getvalue()
+
+
+def test_labels_carry_units():
+    labels = [score_label(*s) for s in (*SCORES, ("lesion", "dice"), ("whole", "spread_error"))]
+    assert labels == [
+        "Bone PSNR (dB)", "Brain SSIM", "Lesion HD95 (mm)", "Lesion Dice", "Whole spread error",
+    ]  # fmt: skip
+
+
+def test_a_run_without_headline_scores_has_an_empty_table():
+    table = headline(rows_of("ours", [1.0], "lesion", "dice"))
+    assert is_headline(table) and table.empty
+    assert to_markdown(table) == footnote(table) + "\n" and "n = 0" in footnote(table)
+    print_table(table)

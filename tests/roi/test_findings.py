@@ -1,0 +1,52 @@
+import numpy as np
+
+from clinfuse.roi.findings import ct_dense_findings
+
+SPACING_MM = (5.0, 0.9, 0.9)
+
+
+def brain_ct(noise_hu=5.0, seed=0):
+    """A ball-shaped brain of 35 HU in a skull whose partial volume reaches inwards."""
+    sizes = zip((26, 170, 170), SPACING_MM, strict=True)
+    d, h, w = np.meshgrid(*[(np.arange(n) - n / 2) * mm for n, mm in sizes], indexing="ij")
+    radius = np.sqrt(d**2 + h**2 + w**2)
+    ct_hu = np.where(radius < 60, 35.0, 1000.0)
+    ct_hu[(radius > 58) & (radius < 60)] = 90
+    ct_hu += np.random.default_rng(seed).normal(0, noise_hu, ct_hu.shape)
+    return ct_hu.astype(np.float32), radius < 60
+
+
+def box(shape, size):
+    mask = np.zeros(shape, bool)
+    mask[12:14, 80 : 80 + size, 90 : 90 + size] = True
+    return mask
+
+
+def test_blood_and_calcium_are_found_where_they_are():
+    for hu in (65, 250):
+        ct_hu, brain = brain_ct()
+        finding = box(ct_hu.shape, 16)
+        ct_hu[finding] += hu - 35
+        found = ct_dense_findings(ct_hu, brain, SPACING_MM)
+        assert 2 * (found & finding).sum() / (found.sum() + finding.sum()) > 0.8
+
+
+def test_noise_and_the_skulls_partial_volume_are_not_findings():
+    for seed in range(3):
+        ct_hu, brain = brain_ct(noise_hu=8.0, seed=seed)
+        assert not ct_dense_findings(ct_hu, brain, SPACING_MM).any()
+
+
+def test_a_few_dense_voxels_are_too_few():
+    ct_hu, brain = brain_ct(noise_hu=0.0)
+    ct_hu[12, 80:82, 90:92] = 120
+    assert not ct_dense_findings(ct_hu, brain, SPACING_MM).any()
+
+
+def test_nothing_outside_the_brain_is_a_finding():
+    ct_hu, brain = brain_ct()
+    assert not ct_dense_findings(ct_hu, np.zeros_like(brain), SPACING_MM).any()
+    left = brain.copy()
+    left[..., 85:] = False
+    ct_hu[box(ct_hu.shape, 16)] = 70
+    assert not ct_dense_findings(ct_hu, left, SPACING_MM).any()
