@@ -37,10 +37,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: FOLDER := runs/demo/$(NOW)
-demo: $(INSTALLED)  ## train on phantoms, compare with direct regression, write the report
+demo: $(INSTALLED)  ## train on phantoms, compare with the baselines, write the report
 	$(PY) -m clinfuse.train experiment=demo hydra.run.dir=$(FOLDER)/clinfuse
-	$(PY) -m clinfuse.train experiment=demo method=deterministic_unet hydra.run.dir=$(FOLDER)/deterministic_unet
-	$(PY) -m clinfuse.evaluate experiment=demo 'run=[$(FOLDER)/clinfuse,$(FOLDER)/deterministic_unet]'
+	$(PY) -m clinfuse.train experiment=demo method=deterministic_unet \
+		hydra.run.dir=$(FOLDER)/deterministic_unet
+	$(PY) -m clinfuse.evaluate run=[$(FOLDER)/clinfuse,$(FOLDER)/deterministic_unet] \
+		baselines=[average,weighted,maximum,mask_composite] \
+		misregistration_mm=[0,1,2,4] hydra.run.dir=$(FOLDER)
 
 test: $(INSTALLED)  ## run the tests that need neither patience nor a GPU
 	$(PYTEST) -m "not slow and not gpu"

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 def register_resolvers() -> None:
-    """What YAML can ask of the machine: ``${precision:}``, ``${fingerprint:...}``, ``${run_dir:...}``."""
+    """What YAML can ask for: ``${precision:}``, ``${fingerprint:...}``, ``${run_dir:...}``."""
     resolvers: dict[str, Callable[..., Any]] = {
         "precision": fastest_precision,
         "fingerprint": fingerprint,
@@ -77,6 +78,7 @@ def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig],
             if not isinstance(cause, expected) or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             print(f"clinfuse: {' '.join(str(cause).split())}", file=sys.stderr)
+            print("(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
             sys.exit(1)
 
     return explained
@@ -111,7 +113,7 @@ def checkpoint_of(folder: str | Path) -> Path:
 
 
 def build_method(cfg: DictConfig) -> Any:
-    """The method that a configuration describes, untrained, with its frozen lesion head if named."""
+    """The method that a configuration describes, untrained; its lesion head frozen, if named."""
     method_cfg = cfg.method
     if cfg.get("lesion_head") is None or "lesion_head" not in method_cfg:
         return instantiate(method_cfg, _convert_="all")
@@ -147,6 +149,22 @@ def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
             f"expected the weights of {cfg.method_name}, got others ({reason}): {path}"
         ) from error
     return method.eval()
+
+
+def with_other_guidance(saved: DictConfig, cfg: DictConfig) -> DictConfig:
+    """A run's configuration with the guidance, and the preset, that this command line asks for.
+
+    Raises:
+        ValueError: a setting that guidance does not have.
+    """
+    unknown = sorted(set(cfg.guidance) - set(saved.guidance))
+    if unknown:
+        raise ValueError(f"expected guidance settings of {sorted(saved.guidance)}, got {unknown}")
+    merged = OmegaConf.merge(saved, {"guidance": cfg.guidance})
+    assert isinstance(merged, DictConfig)
+    if cfg.preset:
+        merged.preset = cfg.preset
+    return merged
 
 
 def choice_was_made(group: str) -> bool:
@@ -186,6 +204,16 @@ def commit() -> str:
 def quiet_libraries() -> None:
     """Hold back what libraries say at import and on every fit, and what only their authors need."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for text in (
+        ".*Experiment logs directory.*exists and is not empty.*",  # it is the run's own folder
+        ".*LeafSpec.*deprecated.*",
+        ".*does not have many workers.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*The total number of parameters detected may be inaccurate.*",
+        ".*You're using the WeightAveraging callback, but.*",
+        ".*Found .* module.* in eval mode at the start of training.*",
+    ):
+        warnings.filterwarnings("ignore", text)
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""Score trained runs and rules on the same perturbed cases: ``python -m clinfuse.evaluate run=RUN``."""
+"""Score runs and rules on the same perturbed cases: ``python -m clinfuse.evaluate run=RUN``."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from clinfuse.configuration import (
     run_config,
     run_facts,
     trained_method,
+    with_other_guidance,
 )
 
 register_resolvers()
@@ -76,7 +77,7 @@ def main(cfg: DictConfig) -> None:
 def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
     """Name, preset and method of everything to score: runs, then ``method``, then baselines."""
     for folder in runs:
-        saved = run_config(folder)
+        saved = with_other_guidance(run_config(folder), cfg)
         yield saved.method_name, saved.preset, trained_method(folder, saved)
     names = [HydraConfig.get().runtime.choices.get("method"), *cfg.baselines]
     for name in (name for name in names if name):
@@ -85,7 +86,7 @@ def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str,
             raise ValueError(
                 f"expected a method without weights, got {name}: name its run folder, run="
             )
-        yield name, cfg.preset, method
+        yield name, cfg.preset or "default", method
 
 
 def rule(name: str) -> Any:

@@ -38,9 +38,9 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.resume:
         checkpoint = checkpoint_of(cfg.resume)
         cfg = resumed(cfg)
-    OmegaConf.resolve(cfg)
-    if not cfg.resume:
-        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # resolved: rebuilt without Hydra
+    else:
+        cfg.name, cfg.method_name = str(cfg.name), str(cfg.method_name)  # known to Hydra alone
+        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
@@ -89,7 +89,8 @@ def report_facts(cfg: DictConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """What the report's head says of a run, in a reader's words."""
     guidance, data = cfg.guidance, facts["data"]
     shown = {
-        "preset": f"{cfg.preset} (alpha {guidance.alpha}, beta {guidance.beta}, gamma {guidance.gamma})",
+        "preset": f"{cfg.preset}: "
+        f"alpha {guidance.alpha}, beta {guidance.beta}, gamma {guidance.gamma}",
         "guidance": f"eta {guidance.eta}, eta_u {guidance.eta_u}, kappa {guidance.kappa}",
         "data": data["root"],
         "cases": ", ".join(f"{count} {split}" for split, count in data["cases"].items()),

@@ -1,4 +1,4 @@
-"""The words every layer shares: a batch of studies, its regions of interest, and what a denoiser is."""
+"""The words every layer shares: a batch of studies, its regions of interest, a denoiser."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -70,6 +70,14 @@ class FusionBatch:
     @property
     def lesion(self) -> Bool[Tensor, "b 1 *dhw"]:
         return self.roi[:, 2:3]
+
+    def truth(
+        self,
+    ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Bool[Tensor, "b r *dhw"]]:
+        """MRI, CT and masks to compare with: the clean ones, else the sources."""
+        mri = self.mri if self.clean_mri is None else self.clean_mri
+        ct = self.ct if self.clean_ct is None else self.clean_ct
+        return mri, ct, self.roi if self.clean_roi is None else self.clean_roi
 
     def to(self, device: torch.device | str) -> "FusionBatch":
         """The same batch on another device; Lightning moves batches by this method."""

@@ -1,16 +1,27 @@
-"""What every test shares: quiet libraries, a seed, and the way to the shared real images."""
+"""What every test shares: quiet libraries, a seed, small phantoms, and configurations of them."""
 
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from hypothesis import settings
+from omegaconf import DictConfig, open_dict
+
+if TYPE_CHECKING:  # jaxtyping checks what is imported after this file: clinfuse waits for a fixture
+    from clinfuse.data.paired_volumes import PairedVolumes
+    from clinfuse.types import FusionBatch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -22,11 +33,26 @@ settings.load_profile("clinfuse")
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
+SMOKE = ("experiment=smoke", "data.prepare.workers=1")
+"""Eight heads of 16 x 32 x 32 voxels and a network of two narrow levels."""
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from one seed, so that neither order nor selection changes a result."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _undisturbed() -> Iterator[None]:
+    """What Lightning and Hydra set for the whole process is put back after every test."""
+    environment = dict(os.environ)
+    yield
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+    HydraConfig.instance().cfg = None
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +65,72 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real images not found at {folder}: set CLINFUSE_DATA to their folder")
     return folder
+
+
+@dataclass
+class Phantoms:
+    """The smoke experiment's heads on disk, made once a session, and configurations of them."""
+
+    cache_dir: Path
+
+    def config(
+        self, *overrides: str, name: str = "train", folder: Path | None = None
+    ) -> DictConfig:
+        """What the entry point ``name`` would get for these overrides, run in ``folder``.
+
+        Hydra's own part is set for the process, as ``hydra.main`` does it.
+        """
+        from clinfuse.configuration import CONFIG_PATH, register_resolvers
+
+        register_resolvers()
+        task = [f"cache_dir={self.cache_dir}", *overrides]
+        folder = self.cache_dir / "unused" if folder is None else folder
+        with initialize_config_dir(config_dir=CONFIG_PATH, version_base="1.3"):
+            output = f"hydra.runtime.output_dir={folder}"
+            cfg = compose(name, [*task, output], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg
+
+    @cached_property
+    def root(self) -> Path:
+        """Folder of the cohort."""
+        return self.data().root
+
+    def data(self, *overrides: str) -> "PairedVolumes":
+        """The data module of the smoke experiment, its heads on disk."""
+        data = instantiate(self.config(*SMOKE, *overrides).data, _convert_="all")
+        data.prepare_data()
+        return data
+
+    def batch(self, amplitude_mm: float = 2.0, case: int = 0) -> "FusionBatch":
+        """One of the heads, its CT moved by ``amplitude_mm`` and turned by as many degrees."""
+        from clinfuse.data.jitter import fixed_misregistration
+        from clinfuse.data.paired_volumes import study_item
+        from clinfuse.data.studies import load_study
+
+        study = load_study(self.root / f"case_{case:03d}")
+        return study_item(study, fixed_misregistration(study.case_id, amplitude_mm, amplitude_mm))
+
+    def method(self, name: str, *overrides: str, steps: int = 2, members: int = 2) -> Any:
+        """A method by its configuration's name, untrained, its weights drawn from one seed.
+
+        One that samples does so in a few ``steps`` with a few ``members``.
+        """
+        from clinfuse.configuration import build_method
+
+        cfg = self.config(*SMOKE, f"method={name}", *overrides)
+        if "steps" in cfg.method:
+            cfg.method.steps, cfg.method.members = steps, members
+        torch.manual_seed(0)
+        return build_method(cfg)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Phantoms:
+    """Small heads, drawn once a session."""
+    return Phantoms(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from clinfuse.callbacks.recorder import case_view, summarise
 from clinfuse.metrics.regional import CaseMean, RegionalPSNR, RegionalSSIM
-from clinfuse.metrics.suite import true_pair
 from clinfuse.reporting.figures import case_figure, figure_png
 from clinfuse.types import FusionBatch
 
@@ -51,7 +50,7 @@ class GuidedValidation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         fused, spread = summarise(outputs)
-        mri, ct, roi = true_pair(batch)
+        mri, ct, roi = batch.truth()
         brain, bone = roi[:, 0:1], roi[:, 1:2]
         spacing_mm = batch.spacing_mm
         self.metrics["brain_ssim"].update(fused, mri, brain, spacing_mm)

@@ -42,9 +42,7 @@ def wandb_logger(
     )
     if offline:
         log.info(
-            "no W&B key: this run is logged offline under %s/wandb; `wandb sync %s/wandb/latest-run` "
-            "uploads it",
-            save_dir,
+            "no W&B key: logged offline, `wandb sync %s/wandb/latest-run` uploads it",
             save_dir,
         )
     return logger

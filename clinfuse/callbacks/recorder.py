@@ -9,7 +9,7 @@ from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from clinfuse.metrics.suite import Row, case_metrics, true_pair
+from clinfuse.metrics.suite import Row, case_metrics
 from clinfuse.reporting.figures import save_figures
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.rows import case_rows, write_rows
@@ -147,7 +147,7 @@ def case_view(
     def array(volume: Tensor | None) -> Any:
         return None if volume is None else volume[index, 0].float().cpu().numpy()
 
-    masks = true_pair(batch)[2][index].cpu().numpy()
+    masks = batch.truth()[2][index].cpu().numpy()
     return CaseView(
         case_id=batch.case_id[index],
         mri=array(batch.mri),

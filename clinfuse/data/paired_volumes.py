@@ -146,8 +146,8 @@ def study_item(
     turn = mirrored if varied.flips else lambda volume: volume
     moved_matrix = misregistration @ matrix
 
-    def image(volume: Tensor, by: Tensor = matrix, fill: float = CT_AIR) -> Tensor:
-        return move(turn(volume), by, spacing_mm, fill)
+    def image(volume: Tensor, by: Tensor = matrix) -> Tensor:
+        return move(turn(volume), by, spacing_mm).clamp(-1, 1)
 
     def masks(roi: Tensor, by: Tensor = matrix) -> Tensor:
         return torch.cat([move_mask(turn(mask[None]), by, spacing_mm) for mask in roi])
@@ -160,15 +160,13 @@ def study_item(
     ct = clean_ct if is_still and study.ct is study.clean_ct else image(study.ct, moved_matrix)
     bone = clean_roi[1:2] if is_still else masks(study.roi[1:2], moved_matrix)
     far_mm = float(study.lesion_distance_mm.max())
-    distance_mm = image(study.lesion_distance_mm, fill=far_mm)
+    distance_mm = move(turn(study.lesion_distance_mm), matrix, spacing_mm, far_mm, "linear")
     unchanged = not varied.flips and torch.equal(matrix, torch.eye(4, dtype=matrix.dtype))
     if study.has_own_reference or (unchanged and gamma == 1):
         reference = image(study.reference)
     else:
         findings = masks(study.findings) if study.findings.any() else study.findings
-        reference = reference_of(
-            clean_ct, clean_mri, clean_roi[1:2], findings, spacing_mm, study.ct_map
-        )
+        reference = reference_of(clean_ct, clean_mri, clean_roi, findings, spacing_mm, study.ct_map)
     return FusionBatch(
         mri=mri[None],
         ct=ct[None],

@@ -120,8 +120,10 @@ class Lattice:
 
 def lattice_for(shape: Sequence[int], spacing_mm: Numbers, finest_mm: float = 1.7) -> Lattice:
     """Sub-voxels no longer than ``finest_mm`` along any axis, but at most three a voxel."""
-    d, h, w = (min(3, max(1, int(np.ceil(s / finest_mm)))) for s in spacing_mm)
-    return Lattice(tuple(shape), tuple(map(float, spacing_mm)), (d, h, w))
+    depth, height, width = shape
+    z, y, x = map(float, spacing_mm)
+    d, h, w = (min(3, max(1, int(np.ceil(s / finest_mm)))) for s in (z, y, x))
+    return Lattice((depth, height, width), (z, y, x), (d, h, w))
 
 
 def draw_build(rng: np.random.Generator, lattice: Lattice) -> Build:
@@ -270,11 +272,11 @@ def _head_points(
         (x * np.float32(r[0]) + y * np.float32(r[1]) + z * np.float32(r[2])) / s + np.float32(c)
         for r, s, c in zip(build.rotation.T, build.scale, HEAD_CENTRE, strict=True)
     ]
-    near = ellipsoid(tuple(turned), (0, -18, -10), (96, 116, 112)) < 0  # type: ignore[arg-type]
+    near = ellipsoid(tuple(turned), (0, -18, -10), (96, 116, 112)) < 0
     inside = np.flatnonzero(near)
     bend_mm = np.float32(1.7)
     p = tuple(t.ravel()[inside] + bend_mm * noise(50.0).ravel()[inside] for t in turned)
-    return inside, p  # type: ignore[return-value]
+    return inside, p
 
 
 def cranial_cavity(p: Points) -> Array:

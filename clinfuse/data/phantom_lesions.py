@@ -200,7 +200,9 @@ def _lateral(
 ) -> NDArray[np.bool_]:
     across = anatomy.build.rotation[:, 0]
     centre_x = float((centre_mm - anatomy.build.shift_mm) @ across)
-    x = centre_x + sum(float(a) * o for a, o in zip(across, offset, strict=True))
+    x = np.asarray(centre_x)
+    for a, o in zip(across, offset, strict=True):
+        x = x + float(a) * o
     if abs(centre_x) < 5:
         return np.ones(x.shape, bool)
     return x * np.sign(centre_x) > 1.0

@@ -39,6 +39,18 @@ from clinfuse.types import ROI_NAMES
 
 log = logging.getLogger(__name__)
 
+STUDY_FILES = (
+    "mri",
+    "ct",
+    "brain_mask",
+    "bone_mask",
+    "lesion_mask",
+    "reference",
+    "clean_mri",
+    "clean_ct",
+)
+"""What a study folder may hold, each as NAME.nii.gz or NAME.nii."""
+
 MaskSource = Literal["file", "segmented", "absent"]
 
 
@@ -140,11 +152,46 @@ def load_study(
             images, an empty brain or bone mask, CT in unknown units.
     """
     folder = Path(folder)
-    volumes = _read(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a study folder, found none at {folder}")
+    files = {name: path for name in STUDY_FILES if (path := _file(folder, name))}
+    for name in ("mri", "ct"):
+        if name not in files:
+            raise FileNotFoundError(f"expected {name}.nii.gz, found none in {folder}")
+    return load_pair(files, folder.name, _patient(folder), ct_map, cache_dir, resample_mm)
+
+
+def load_pair(
+    files: Mapping[str, Path | str],
+    case_id: str,
+    patient_id: str | None = None,
+    ct_map: CtMap = "piecewise",
+    cache_dir: Path | str | None = None,
+    resample_mm: Sequence[float] | None = None,
+) -> Study:
+    """``load_study`` for files that lie anywhere, under the names of ``STUDY_FILES``.
+
+    Args:
+        files: paths by name; ``mri`` and ``ct`` at least.
+        case_id: what to call the study.
+        patient_id: whose it is; None for the case itself.
+        ct_map: as in ``load_study``.
+        cache_dir: as in ``load_study``.
+        resample_mm: as in ``load_study``.
+
+    Raises:
+        FileNotFoundError: a file that is named does not exist.
+        ValueError: as ``load_study``.
+    """
+    paths = {name: Path(path) for name, path in files.items()}
+    unknown = sorted(set(paths) - set(STUDY_FILES))
+    if unknown:
+        raise ValueError(f"expected files of {STUDY_FILES}, got {unknown}")
+    volumes = _read(paths)
     mri, ct = volumes["mri"], volumes["ct"]
     is_hu = _is_hu(ct)
     cache = None if cache_dir is None else Path(cache_dir) / "masks"
-    roi_masks, sources = _masks(folder, volumes, is_hu, cache)
+    roi_masks, sources = _masks(case_id, paths, volumes, is_hu, cache)
 
     shape = resized_shape(mri, resample_mm) if resample_mm else mri.array.shape
     spacing_mm = tuple(
@@ -169,11 +216,11 @@ def load_study(
     reference = images.get("reference")
     if reference is None:
         reference = reference_of(
-            clean["clean_ct"], clean["clean_mri"], roi[1:2], findings, spacing_mm, units
+            clean["clean_ct"], clean["clean_mri"], roi, findings, spacing_mm, units
         )
     return Study(
-        case_id=folder.name,
-        patient_id=_patient(folder),
+        case_id=case_id,
+        patient_id=patient_id or case_id,
         mri=mri_model,
         ct=ct_model,
         roi=roi,
@@ -193,7 +240,7 @@ def load_study(
 def reference_of(
     clean_ct: Float[Tensor, "1 d h w"],
     clean_mri: Float[Tensor, "1 d h w"],
-    bone: Bool[Tensor, "1 d h w"],
+    roi: Bool[Tensor, "3 d h w"],
     findings: Bool[Tensor, "1 d h w"],
     spacing_mm: Sequence[float | int],
     ct_map: CtMap,
@@ -202,8 +249,9 @@ def reference_of(
     return composite(
         clean_ct[None],
         clean_mri[None],
-        bone[None],
+        roi[None, 1:2],
         findings[None] if findings.any() else None,
+        brain=roi[None, 0:1],
         spacing_mm=tuple(spacing_mm),
         ct_map=ct_map,
     )[0]
@@ -235,18 +283,9 @@ def patient_of(folder: Path | str) -> str:
     return _patient(Path(folder))
 
 
-def _read(folder: Path) -> dict[str, Volume]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a study folder, found none at {folder}")
-    volumes = {}
-    for name in ("mri", "ct"):
-        path = _file(folder, name)
-        if path is None:
-            raise FileNotFoundError(f"expected {name}.nii.gz, found none in {folder}")
-        volumes[name] = read_volume(path)
-    for name in ("clean_mri", "clean_ct", "reference"):
-        if path := _file(folder, name):
-            volumes[name] = read_volume(path)
+def _read(paths: Mapping[str, Path]) -> dict[str, Volume]:
+    images = ("mri", "ct", "clean_mri", "clean_ct", "reference")
+    volumes = {name: read_volume(paths[name]) for name in images if name in paths}
     for volume in volumes.values():
         check_one_grid(volumes["mri"], volume)
         if volume.array.min() == volume.array.max():
@@ -279,13 +318,17 @@ def _is_hu(ct: Volume) -> bool:
 
 
 def _masks(
-    folder: Path, volumes: Mapping[str, Volume], is_hu: bool, cache: Path | None
+    case_id: str,
+    paths: Mapping[str, Path],
+    volumes: Mapping[str, Volume],
+    is_hu: bool,
+    cache: Path | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, MaskSource]]:
     mri, ct = volumes["mri"], volumes["ct"]
-    read = {name: _read_mask(folder, name, mri) for name in ROI_NAMES}
+    read = {name: _read_mask(paths.get(f"{name}_mask"), name, mri) for name in ROI_NAMES}
     lacking = [name for name in ("brain", "bone") if read[name] is None]
     if lacking:
-        log.info("%s has no %s mask: segmented from CT", folder.name, " and no ".join(lacking))
+        log.info("%s has no %s mask: segmented from CT", case_id, " and no ".join(lacking))
     sources: dict[str, MaskSource] = {
         name: "file" if mask is not None else "absent" if name == "lesion" else "segmented"
         for name, mask in read.items()
@@ -305,8 +348,7 @@ def _masks(
     return {"brain": brain, "bone": bone, "lesion": lesion}, sources
 
 
-def _read_mask(folder: Path, name: str, mri: Volume) -> np.ndarray | None:
-    path = _file(folder, f"{name}_mask")
+def _read_mask(path: Path | None, name: str, mri: Volume) -> np.ndarray | None:
     if path is None:
         return None
     volume = read_volume(path)

@@ -19,6 +19,7 @@ def composite(
     bone: Bool[Tensor, "b 1 *dhw"],
     findings: Bool[Tensor, "b 1 *dhw"] | None = None,
     *,
+    brain: Bool[Tensor, "b 1 *dhw"] | None = None,
     spacing_mm: SpacingMm,
     feather_mm: float = 2.0,
     ct_map: CtMap = "piecewise",
@@ -26,7 +27,8 @@ def composite(
     """CT where bone, MRI elsewhere, and CT-dense findings of the brain shown bright on the MRI.
 
     The pseudo-reference x_0 where a study has none of its own. Bone of any thickness is the CT
-    exactly; around it the CT's weight falls smoothly to the MRI.
+    exactly; around it the CT's weight falls smoothly to the MRI, but not into the brain, which is
+    the MRI's: between inner table and brain there is an edge in truth, and no seam to hide.
 
     Args:
         ct: registered, in model space.
@@ -34,6 +36,7 @@ def composite(
         bone: voxels that are the CT's.
         findings: haemorrhage and calcification, where F = max(MRI, display of the CT's density),
             as dense things are bright to a reader of CT; None for none.
+        brain: voxels that bone's feathering leaves alone; None for none.
         spacing_mm: voxel size, the same for all cases.
         feather_mm: distance at which the weight of a neighbouring bone has fallen below 0.05.
         ct_map: how the CT got into model space; its inverse gives the density of findings.
@@ -42,7 +45,10 @@ def composite(
     if findings is not None:
         shown = torch.maximum(mri, finding_display(ct, ct_map))
         fused = torch.lerp(mri, shown, feathered(findings, spacing_mm, feather_mm).to(mri))
-    return torch.lerp(fused, ct, feathered(bone, spacing_mm, feather_mm).to(mri))
+    weight = feathered(bone, spacing_mm, feather_mm).to(mri)
+    if brain is not None:
+        weight = torch.where(brain, bone.to(mri), weight)
+    return torch.lerp(fused, ct, weight)
 
 
 def feathered(

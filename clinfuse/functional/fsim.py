@@ -47,6 +47,8 @@ def fsim(
     slices = images.movedim(1, -3).reshape(-1, 2, *images.shape[-2:])
     masks = mask.movedim(1, -3).reshape(-1, 1, *mask.shape[-2:])
     seen = masks.flatten(1).any(1)
+    if not seen.any():
+        return a.new_full((len(a),), torch.nan)
     weights, weighted = _similarity(*_reduced(slices[seen], masks[seen]))
 
     cases = torch.arange(len(a), device=a.device).repeat_interleave(len(masks) // len(a))[seen]

@@ -16,6 +16,7 @@ def ssim_map(
     b: Float[Tensor, "b 1 *dhw"],
     sigma: Sequence[float | int],
     data_range: float = 2.0,
+    mask: Bool[Tensor, "b 1 *dhw"] | None = None,
 ) -> Float[Tensor, "b 1 *dhw"]:
     """Local structural similarity around each voxel, in [-1, 1]; never clamped.
 
@@ -29,10 +30,18 @@ def ssim_map(
         sigma: standard deviations of the window in voxels, one a spatial axis; below 0.2 the
             window is one voxel wide along that axis.
         data_range: width of the range of values, 2 in model space.
+        mask: voxels that windows may see, by normalised convolution (Knutsson & Westin 1993);
+            None for all. Values at voxels outside it mean nothing.
     """
     c_1, c_2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     moments = torch.cat((a, b, a * a + b * b, a * b), dim=1)
-    mean_a, mean_b, mean_squares, mean_product = gaussian_smooth(moments, sigma).split(1, dim=1)
+    if mask is None:
+        means = gaussian_smooth(moments, sigma)
+    else:
+        seen = mask.to(moments.dtype)
+        share = gaussian_smooth(seen, sigma).clamp(min=1e-4)
+        means = gaussian_smooth(moments * seen, sigma) / share
+    mean_a, mean_b, mean_squares, mean_product = means.split(1, dim=1)
     squared_means, product = mean_a**2 + mean_b**2, mean_a * mean_b
     luminance = (2 * product + c_1) / (squared_means + c_1)
     contrast_structure = (2 * (mean_product - product) + c_2) / (mean_squares - squared_means + c_2)
@@ -49,8 +58,9 @@ def ssim(
 ) -> Float[Tensor, " b"]:
     """Mean of the local similarity at the mask's voxels; NaN where the mask is empty.
 
-    The SSIM(., . | M) of Eq. 2. Windows near the mask's border see beyond it, as they must for
-    the border itself to count.
+    The SSIM(., . | M) of Eq. 2. Windows see the mask's voxels alone: with ordinary windows the
+    brain's score near the skull would fall with every voxel of bone that fusion is meant to add,
+    and rise when bone is moved away.
 
     Args:
         a: one image.
@@ -60,7 +70,7 @@ def ssim(
         sigma_mm: standard deviation of the window, in mm in every direction.
         data_range: width of the range of values, 2 in model space.
     """
-    similarity = ssim_map(a, b, sigma_voxels(spacing_mm, sigma_mm), data_range)
+    similarity = ssim_map(a, b, sigma_voxels(spacing_mm, sigma_mm), data_range, mask)
     return regional_mean(similarity, mask)
 
 

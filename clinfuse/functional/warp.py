@@ -1,11 +1,14 @@
 """Rigid motions in millimetres, and resampling a volume along a displacement."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
 from clinfuse.functional.spacing import SpacingMm
@@ -77,25 +80,49 @@ def warp(
     displacement_mm: Float[Tensor, "b n *dhw"],
     spacing_mm: SpacingMm,
     padding: Literal["border", "zeros"] = "border",
+    refine: int = 1,
 ) -> Float[Tensor, "b c *dhw"]:
     """The volume resampled at p + u(p), linearly: out(p) = volume(p + u(p)).
 
     Differentiable in the volume and in the displacement. An axis of one voxel has no inside to
     move in, so displacement along it is ignored.
 
+    Linear interpolation blurs; with ``refine`` it is done on the cubic spline through the voxels,
+    sampled so many times as finely, and is then close to cubic interpolation at a fraction of its
+    cost. Values may overshoot by what a spline does.
+
     Args:
         volume: volumes or slices, on the grid of the displacement.
         displacement_mm: u, in mm and the order of the spatial axes.
         spacing_mm: voxel size.
         padding: what lies beyond the grid: its border's value, or 0.
+        refine: samples of the spline a voxel; 1 interpolates between the voxels themselves.
     """
     sizes = volume.shape[2:]
+    if refine > 1:
+        volume = _refined(volume, refine)
     spacing = _spacing_rows(spacing_mm, len(sizes), displacement_mm)
     per_mm = 2 / (spacing * torch.tensor([max(size - 1, 1) for size in sizes]).to(spacing))
     identity = _identity_grid(sizes, spacing)
     grid = identity + displacement_mm * per_mm.reshape(*per_mm.shape, *[1] * len(sizes))
     grid = grid.movedim(1, -1).flip(-1)  # grid_sample wants (x, y, z) = (w, h, d) last
     return F.grid_sample(volume, grid, "bilinear", padding, align_corners=True)
+
+
+def _refined(volume: Tensor, factor: int) -> Tensor:
+    """The cubic spline through the voxels, at ``factor`` samples a voxel, ends kept."""
+    for dim in range(2, volume.ndim):
+        if volume.shape[dim] > 1:
+            matrix = torch.from_numpy(_spline_matrix(volume.shape[dim], factor)).to(volume)
+            volume = (volume.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
+    return volume
+
+
+@lru_cache(maxsize=64)
+def _spline_matrix(size: int, factor: int) -> np.ndarray:
+    """Row i holds the weights of the voxels in sample i of the spline (de Boor 1978)."""
+    spline = make_interp_spline(np.arange(size), np.eye(size), k=3 if size > 3 else 1)
+    return spline(np.linspace(0, size - 1, (size - 1) * factor + 1))
 
 
 def _spacing_rows(spacing_mm: SpacingMm, n: int, like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def warmup_cosine(step: int, start: int, end: int, warmup: int) -> float:
 
 def staged_optimizer(
     optimizer: Optim,
-    stages: Iterable[tuple[Iterable[Parameter], int, int]],
+    stages: Sequence[tuple[Iterable[Parameter], int, int]],
     warmup_steps: int,
 ) -> dict[str, Any]:
     """One optimiser over several groups of weights, each trained from step ``start`` to ``end``.

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.methods.base import FusionMethod, Optim, staged_optimizer
 from clinfuse.methods.objective import clean_roi_loss, reference_of
@@ -14,14 +15,14 @@ from clinfuse.types import FusionBatch
 
 
 class DeterministicUNet(FusionMethod):
-    """F = network(c), trained on squared error and L_ROI against the clean registered pair.
+    """F = network(c), trained against the reference and on L_ROI against the clean registered pair.
 
     Args:
         network: builds the U-Net that returns F from no state, given its channels of state and
             output; the one that ``RoiDiffusion`` denoises with, in the same space.
         loss: L_ROI of Eq. 2.
         roi_weight: lambda_roi of Eq. 3.
-        squared_error_weight: of the squared error over the whole volume.
+        reference_loss: against the reference, over the whole volume.
         optimizer: built but for its parameters.
         warmup_steps: of the learning rate.
         lesion_head: frozen network from F to lesion probability; None turns gamma off.
@@ -34,7 +35,7 @@ class DeterministicUNet(FusionMethod):
         network: Callable[..., FusionUNet],
         loss: ClinicalRoiLoss,
         roi_weight: float,
-        squared_error_weight: float,
+        reference_loss: ReferenceLoss,
         optimizer: Optim,
         warmup_steps: int = 50,
         lesion_head: nn.Module | None = None,
@@ -42,7 +43,7 @@ class DeterministicUNet(FusionMethod):
         super().__init__()
         self.network = network(state_channels=0, out_channels=1)
         self.loss, self.lesion_head = loss, lesion_head
-        self.roi_weight, self.squared_error_weight = roi_weight, squared_error_weight
+        self.roi_weight, self.reference_loss = roi_weight, reference_loss
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
 
     def fuse(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
@@ -54,10 +55,10 @@ class DeterministicUNet(FusionMethod):
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
         fused = self._regress(batch)
-        squared_error = (fused - reference_of(batch)).square().mean()
+        error = self.reference_loss(fused, reference_of(batch), batch.spacing_mm).mean()
         roi = clean_roi_loss(self.loss, fused, batch, self.lesion_head).mean()
-        total = self.squared_error_weight * squared_error + self.roi_weight * roi
-        losses = {"loss": total, "squared_error": squared_error, "roi": roi}
+        total = error + self.roi_weight * roi
+        losses = {"loss": total, "reference": error, "roi": roi}
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch),

@@ -17,6 +17,7 @@ from clinfuse.diffusion.process import (
     x0_from_prediction,
 )
 from clinfuse.losses.diffusion import diffusion_loss, noise_level_weight
+from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.losses.uncertainty import gaussian_nll
 from clinfuse.methods.base import (
@@ -29,8 +30,10 @@ from clinfuse.methods.base import (
 from clinfuse.methods.objective import clean_ct_of, clean_roi_loss, reference_of, roi_loss
 from clinfuse.networks.fusion_unet import FusionUNet
 from clinfuse.networks.registered_blend import Anchor
-from clinfuse.networks.rigid_registration import Registration
 from clinfuse.types import Denoiser, FusionBatch
+
+MAX_RESIDUAL = 8.0
+"""Residuals beyond so many error scales are cut before the denoiser learns from them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Guidance:
         gradient: ``full`` goes through the denoiser, ``x0`` stops at x0_hat.
         start: highest noise level 1 - alpha_bar_t that is guided.
         end: lowest noise level that is guided.
+        reference_std: spread of r_0 at which Eq. 4's uncert is one half.
     """
 
     eta: float
@@ -52,6 +56,7 @@ class Guidance:
     gradient: str = "x0"
     start: float = 1.0
     end: float = 0.0
+    reference_std: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,22 +65,19 @@ class LossWeights:
 
     Attributes:
         roi: lambda_roi of Eq. 3.
-        squared_error: the anchor's squared error against the reference, over the whole volume.
         scale: the anchor's Gaussian likelihood, which trains s(c) alone.
-        registration: the anchor's guess of the CT, which the registration rests on.
     """
 
     roi: float
-    squared_error: float
     scale: float
-    registration: float
 
 
 class RoiDiffusion(FusionMethod):
     """Denoise a volume conditioned on MRI, CT and the ROI masks: CLIN-FuseDiff++ (Alg. 1).
 
     What is diffused is the residual r = (F - mu(c)) / s(c) of an anchor (method.md section 3,
-    "Diffusion must earn its place"): the anchor is trained first, the denoiser on what it leaves.
+    "Diffusion must earn its place"). Training has three stages: the anchor's registration, the
+    anchor on CTs so registered, the denoiser on what the anchor leaves.
     The denoiser sees the CT where the anchor puts it, and guidance pulls towards that CT, so that
     L_ROI does not undo the registration. With ``NoAnchor`` it is plain conditional diffusion.
 
@@ -84,6 +86,7 @@ class RoiDiffusion(FusionMethod):
         network: builds the U-Net that predicts one volume from three (r_t, mu, log s), given its
             channels of state and output.
         loss: L_ROI of Eq. 2 in the training objective.
+        reference_loss: what the anchor's mean minimises against the reference, beside L_ROI.
         guidance_loss: L_ROI of Eq. 2 in guidance, with its own fidelity weights.
         alpha_bars: the schedule, index 0 cleanest.
         sampler: maps (denoise, x_T, levels, guide) to x_0.
@@ -92,8 +95,8 @@ class RoiDiffusion(FusionMethod):
         guidance: strengths at sampling.
         weights: of the training objective.
         optimizer: built but for its parameters.
-        anchor_share: share of the training steps that train the anchor, before the denoiser's.
-        warmup_steps: of the learning rate, in each of the two stages.
+        shares: of the training steps: for the registration, the anchor and the denoiser.
+        warmup_steps: of the learning rate, in each of the three stages.
         parameterisation: what the network predicts: v, eps or x_0.
         lesion_head: frozen network from F to lesion probability; None turns gamma off.
         seed: of the noise, in training and in sampling.
@@ -104,6 +107,7 @@ class RoiDiffusion(FusionMethod):
         anchor: nn.Module,
         network: Callable[..., FusionUNet],
         loss: ClinicalRoiLoss,
+        reference_loss: ReferenceLoss,
         guidance_loss: ClinicalRoiLoss,
         alpha_bars: Float[Tensor, " n"],
         levels: Callable[[Tensor, int], Tensor],
@@ -113,22 +117,25 @@ class RoiDiffusion(FusionMethod):
         guidance: Guidance,
         weights: LossWeights,
         optimizer: Optim,
-        anchor_share: float = 0.6,
+        shares: Sequence[float],
         warmup_steps: int = 50,
         parameterisation: str = "v",
         lesion_head: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= anchor_share <= 1:
-            raise ValueError(f"expected anchor_share in [0, 1], got {anchor_share}")
+        if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"expected three shares of training that sum to 1, got {list(shares)}")
         self.anchor, self.loss, self.guidance_loss = anchor, loss, guidance_loss
+        self.reference_loss = reference_loss
         self.network = network(state_channels=3, out_channels=1)
         self.register_buffer("alpha_bars", alpha_bars, persistent=False)
         self.levels, self.sampler, self.steps, self.members = levels, sampler, steps, members
         self.guidance, self.weights, self.optimizer = guidance, weights, optimizer
-        self.anchor_share, self.warmup_steps = anchor_share, warmup_steps
+        self.shares, self.warmup_steps = tuple(shares), warmup_steps
         self.parameterisation, self.lesion_head, self.seed = parameterisation, lesion_head, seed
+
+    alpha_bars: Tensor
 
     # Sampling: Algorithm 1.
 
@@ -184,35 +191,47 @@ class RoiDiffusion(FusionMethod):
             gradient=settings.gradient,
             start=settings.start,
             end=settings.end,
+            reference_std=settings.reference_std,
         )
 
-    # Training: Eq. 3, the anchor first and then the denoiser of what it leaves.
+    # Training: Eq. 3 in three stages.
 
     @property
-    def anchor_steps(self) -> int:
-        """The training step at which the anchor is done and the denoiser's turn begins."""
-        return round(self.anchor_share * int(self.trainer.estimated_stepping_batches))
+    def stage_ends(self) -> tuple[int, int, int]:
+        """The training steps at which registration, anchor and denoiser are done."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        registration = round(self.shares[0] * steps)
+        return registration, registration + round(self.shares[1] * steps), steps
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
-        stage = self._anchor_step if self.global_step < self.anchor_steps else self._denoiser_step
-        losses = stage(batch)
+        registration_end, anchor_end, _ = self.stage_ends
+        if self.global_step < registration_end:
+            losses = self._registration_step(batch)
+        elif self.global_step < anchor_end:
+            losses = self._anchor_step(batch)
+        else:
+            losses = self._denoiser_step(batch)
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch),
         )
         return losses["loss"]
 
+    def _registration_step(self, batch: FusionBatch) -> dict[str, Tensor]:
+        brain = batch.brain.to(batch.mri.dtype)
+        registration = getattr(self.anchor, "registration")  # noqa: B009
+        guess, log_scale = registration.synthesise(batch.mri, brain)
+        return {"loss": synthesis_loss(guess, log_scale, clean_ct_of(batch)).mean()}
+
     def _anchor_step(self, batch: FusionBatch) -> dict[str, Tensor]:
         anchor, truth = self.anchor(batch), reference_of(batch)
         error = anchor.mean - truth
         losses = {
-            "squared_error": error.square().mean(),
+            "reference": self.reference_loss(anchor.mean, truth, batch.spacing_mm).mean(),
             "roi": clean_roi_loss(self.loss, anchor.mean, batch, self.lesion_head).mean(),
             "scale": gaussian_nll(error.detach(), anchor.scale.log()).mean(),
         }
-        if anchor.registration is not None:
-            losses["registration"] = synthesis_loss(anchor.registration, clean_ct_of(batch)).mean()
-        weights = vars(self.weights)
+        weights = {"reference": 1.0, **vars(self.weights)}
         losses["loss"] = sum(
             (weights[name] * value for name, value in losses.items()), 0 * error.sum()
         )
@@ -221,7 +240,9 @@ class RoiDiffusion(FusionMethod):
     def _denoiser_step(self, batch: FusionBatch) -> dict[str, Tensor]:
         with torch.no_grad():
             anchor = self.anchor(batch)
-        r_0 = (reference_of(batch) - anchor.mean) / anchor.scale
+        r_0 = ((reference_of(batch) - anchor.mean) / anchor.scale).clamp(
+            -MAX_RESIDUAL, MAX_RESIDUAL
+        )
         generator = step_generator(self.global_step, self.seed)
         t = torch.randint(len(self.alpha_bars), (len(batch),), generator=generator)
         alpha_bar_t = self.alpha_bars[t.to(r_0.device)]
@@ -242,21 +263,26 @@ class RoiDiffusion(FusionMethod):
         return losses
 
     def configure_optimizers(self) -> Any:
-        end = int(self.trainer.estimated_stepping_batches)
+        registration_end, anchor_end, end = self.stage_ends
+        registration = getattr(self.anchor, "registration", None)
+        first = [] if registration is None else list(registration.parameters())
+        of_first = {id(parameter) for parameter in first}
+        rest = [p for p in self.anchor.parameters() if id(p) not in of_first]
         stages = [
-            (self.anchor.parameters(), 0, self.anchor_steps),
-            (self.network.parameters(), self.anchor_steps, end),
+            (first, 0, registration_end),
+            (rest, registration_end, anchor_end),
+            (list(self.network.parameters()), anchor_end, end),
         ]
-        stages = [(list(weights), first, last) for weights, first, last in stages]
-        return staged_optimizer(
-            self.optimizer, [stage for stage in stages if stage[0]], self.warmup_steps
-        )
+        trained = [stage for stage in stages if stage[0]]
+        return staged_optimizer(self.optimizer, trained, self.warmup_steps)
 
 
 def synthesis_loss(
-    registration: Registration, clean_ct: Float[Tensor, "b 1 *dhw"]
+    guess: Float[Tensor, "b 1 *dhw"],
+    log_scale: Float[Tensor, "b 1 *dhw"],
+    clean_ct: Float[Tensor, "b 1 *dhw"],
 ) -> Float[Tensor, " b"]:
     """What trains the guess of the CT: squared error, and the likelihood of its error scale."""
-    error = registration.guess - clean_ct
-    likelihood = gaussian_nll(error.detach(), registration.log_scale)
+    error = guess - clean_ct
+    likelihood = gaussian_nll(error.detach(), log_scale)
     return (10 * error.square() + 0.1 * likelihood).flatten(1).mean(1)

@@ -10,7 +10,7 @@ from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import dice, hd95, nsd
 from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
-from clinfuse.types import ROI_NAMES, FusionBatch
+from clinfuse.types import FusionBatch
 
 Row = tuple[str, str, float]
 """One measurement of one case: (roi, metric, value), NaN where it is undefined."""
@@ -62,9 +62,8 @@ def case_metrics(
 
 
 def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list[float]]:
-    mri = batch.mri if batch.clean_mri is None else batch.clean_mri
-    ct = batch.ct if batch.clean_ct is None else batch.clean_ct
-    brain, bone, _ = _true_masks(batch)
+    mri, ct, roi = batch.truth()
+    brain, bone = roi[:, 0:1], roi[:, 1:2]
     bright, spacing_mm = brightness(fused), batch.spacing_mm
     columns = {
         ("brain", "ssim"): ssim(bright, brightness(mri), brain, spacing_mm),
@@ -88,7 +87,7 @@ def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list
 def _lesion(
     probability: Tensor, batch: FusionBatch, tau_mm: float
 ) -> dict[tuple[str, str], list[float]]:
-    predicted, lesion = probability > LESION_THRESHOLD, _true_masks(batch)[-1]
+    predicted, lesion = probability > LESION_THRESHOLD, batch.truth()[2][:, 2:3]
     return _as_lists(
         {
             ("lesion", "dice"): dice(predicted, lesion),
@@ -101,7 +100,8 @@ def _lesion(
 def _calibration(
     fused: Tensor, spread: Tensor, batch: FusionBatch
 ) -> dict[tuple[str, str], list[float]]:
-    brain, bone, _ = _true_masks(batch)
+    roi = batch.truth()[2]
+    brain, bone = roi[:, 0:1], roi[:, 1:2]
     if batch.reference is None:
         unknown = [torch.nan] * len(batch)
         return {(roi, "spread_error_correlation"): unknown for roi in ("whole", "brain", "bone")}
@@ -127,11 +127,6 @@ def regional_correlation(
 
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def _true_masks(batch: FusionBatch) -> tuple[Tensor, ...]:
-    roi = batch.roi if batch.clean_roi is None else batch.clean_roi
-    return roi[:, : len(ROI_NAMES)].split(1, dim=1)
 
 
 def _as_lists(columns: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], list[float]]:

@@ -144,7 +144,7 @@ class FusionUNet(nn.Module):
             alpha_bar_t = x.new_ones(len(x))
         out = self.unet(x, noise_angle(alpha_bar_t.float()), context=condition.context)
         out = haar_idwt(out) if self.haar else out
-        return out[(..., *(slice(0, size) for size in condition.shape))]
+        return crop(out, condition.shape)
 
     def _analyse(self, volume: Tensor) -> Tensor:
         padded = pad_to_multiple(volume, self.multiple)
@@ -167,6 +167,13 @@ def pad_to_multiple(volume: Tensor, multiple: int) -> Tensor:
         return volume
     padding = [side for amount in reversed(missing) for side in (0, amount)]
     return F.pad(volume, padding, mode="replicate")
+
+
+def crop(volume: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first voxels along each spatial axis: undoes ``pad_to_multiple``."""
+    for axis, size in enumerate(shape, start=2):
+        volume = volume.narrow(axis, 0, size)
+    return volume
 
 
 def _encoder(spatial_dims: int, in_channels: int, features: int) -> nn.Module:

@@ -8,7 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clinfuse.networks.fusion_unet import FusionUNet
-from clinfuse.networks.rigid_registration import Registration, SynthesisRegistration, move
+from clinfuse.networks.rigid_registration import (
+    Registration,
+    SynthesisRegistration,
+    gradient_per_mm,
+    move,
+)
 from clinfuse.types import FusionBatch
 
 
@@ -52,7 +57,8 @@ class RegisteredBlend(nn.Module):
         network: builds the U-Net that returns w, d and log s, given its channels of state (the
             registration's guess of the CT and its error scale) and output.
         registration: the rigid motion that realigns the CT; None takes the CT as it lies.
-        initial_scale: s of an untrained network.
+        noise_scale: error expected before training where the blend is flat, in model space.
+        misplaced_mm: how far edges may be misplaced: an untrained s is that times their slope.
         min_scale: lower bound of s, in model space.
         bone_logit: logit of w inside the bone mask (and minus that outside) before training.
     """
@@ -61,31 +67,54 @@ class RegisteredBlend(nn.Module):
         self,
         network: Callable[..., FusionUNet],
         registration: SynthesisRegistration | None,
-        initial_scale: float = 0.1,
+        noise_scale: float = 0.05,
+        misplaced_mm: float = 1.0,
         min_scale: float = 0.005,
-        bone_logit: float = 4.0,
+        bone_logit: float = 8.0,
     ) -> None:
         super().__init__()
         self.network = network(state_channels=0 if registration is None else 2, out_channels=3)
         self.registration = registration
         self.min_scale, self.bone_logit = min_scale, bone_logit
-        self.log_initial_scale = torch.tensor(initial_scale - min_scale).log().item()
+        self.noise_scale, self.misplaced_mm = noise_scale, misplaced_mm
 
     def forward(self, batch: FusionBatch) -> Anchor:
         roi, ct = batch.roi.to(batch.ct.dtype), batch.ct
         brain, bone, lesion = roi.split(1, 1)
         found, guess = None, None
         if self.registration is not None:
-            found = self.registration(batch.mri, ct, brain, batch.spacing_mm)
-            ct, bone = move(torch.cat([ct, bone], 1), found.motion, batch.spacing_mm).split(1, 1)
-            guess = torch.cat([found.guess, found.log_scale], 1).detach()
+            with torch.no_grad():  # trained for itself, and before: ``SynthesisRegistration``
+                found = self.registration(batch.mri, ct, brain, batch.spacing_mm)
+            ct = move(ct, found.motion, batch.spacing_mm, refine=3).clamp(-1, 1)
+            bone = move(bone, found.motion, batch.spacing_mm)
+            guess = torch.cat([found.guess, found.log_scale], 1)
         roi = torch.cat([brain, bone, lesion], 1)
         out = self.network(guess, self.network.encode(batch.mri, ct, roi)).float()
         weight_logit, correction, log_scale = out.split(1, 1)
         weight = torch.sigmoid(weight_logit + self.bone_logit * (2 * bone - 1))
-        mean = weight * ct + (1 - weight) * batch.mri + correction
-        scale = self.min_scale + (log_scale + self.log_initial_scale).clamp(max=0.5).exp()
+        blend = weight * ct + (1 - weight) * batch.mri
+        mean = leaky_clamp(blend + correction)
+        expected = self.noise_scale + self.misplaced_mm * slope_per_mm(
+            blend.detach(), batch.spacing_mm
+        )
+        scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
         return Anchor(mean, scale, ct, roi, weight, found)
+
+
+def slope_per_mm(
+    volume: Float[Tensor, "b 1 *dhw"], spacing_mm: Float[Tensor, "b n"]
+) -> Float[Tensor, "b 1 *dhw"]:
+    """Magnitude of the gradient by central differences, in units a mm."""
+    return gradient_per_mm(volume, spacing_mm).square().sum(1, keepdim=True).sqrt()
+
+
+def leaky_clamp(x: Float[Tensor, "*shape"], slope: float = 0.01) -> Float[Tensor, "*shape"]:
+    """x within model space [-1, 1], and next to it beyond: air is -1 however noisy the scan of it.
+
+    A hard clamp would have no gradient left for a voxel on its wrong side.
+    """
+    inside = x.clamp(-1, 1)
+    return inside + slope * (x - inside)
 
 
 class NoAnchor(nn.Module):

@@ -1,4 +1,4 @@
-"""Where does the CT belong on the MRI? Guess the CT from the MRI, then move the real one onto it."""
+"""Where the CT belongs on the MRI: guess the CT from the MRI, then move the real one onto it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,12 @@ from einops import rearrange
 from jaxtyping import Float
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.functional.warp import rigid_displacement, rigid_matrix, warp
-from clinfuse.networks.fusion_unet import pad_to_multiple
+from clinfuse.networks.fusion_unet import crop, pad_to_multiple
 from clinfuse.networks.precision import with_safe_convolutions
 
 
@@ -38,9 +39,9 @@ class SynthesisRegistration(nn.Module):
     A U-Net guesses the CT from the MRI and the brain mask, with an error scale at every voxel
     (cortical bone against fat is certain, bone against air in an ADC map is not). Between the
     guess and the real CT there is but one modality, so the motion is found by weighted Gauss-Newton
-    on their difference (Lucas & Kanade 1981; by way of synthesis: Roy et al. 2014), coarse to fine:
-    thousands of voxels on 6 unknowns, far finer than a voxel. Nothing is learned but the guess, which
-    has a target at every voxel, and the search has no gradient.
+    on their difference (Lucas & Kanade 1981; by way of synthesis: Roy et al. 2014), coarse to
+    fine: thousands of voxels on 6 unknowns, far finer than a voxel. Nothing is learned but the
+    guess, which has a target at every voxel, and the search has no gradient.
 
     A head is rigid, and so is the motion between its two scans; u in method.md section 3 is the
     field of this motion.
@@ -105,7 +106,7 @@ class SynthesisRegistration(nn.Module):
         """The CT expected from the MRI, and the logarithm of its expected error."""
         images = pad_to_multiple(torch.cat([mri, brain], 1), 32)
         out = haar_idwt(self.network(haar_dwt(images)).float())
-        guess, log_scale = out[(..., *(slice(0, size) for size in mri.shape[2:]))].split(1, 1)
+        guess, log_scale = crop(out, mri.shape[2:]).split(1, 1)
         return guess, (log_scale - 1.5).clamp(-4, 1)
 
 
@@ -137,15 +138,17 @@ def gauss_newton(
     """
     n = spacing_mm.shape[1]
     motion = torch.eye(n + 1, device=moving.device).repeat(len(moving), 1, 1)
-    positions = _positions(moving.shape[2:], spacing_mm)
     for sigma_mm, count in zip(smoothing_mm, iterations, strict=True):
         sigma = (sigma_mm / spacing_mm[0]).tolist()
-        smooth_fixed, smooth_moving = (gaussian_smooth(x, sigma) for x in (fixed, moving))
+        smooth = gaussian_smooth(torch.cat([fixed, moving], 1), sigma)
+        level, level_mm = _halved(torch.cat([smooth, scale], 1), spacing_mm, sigma_mm)
+        smooth_fixed, smooth_moving, level_scale = level.split(1, 1)
+        positions = _positions(level.shape[2:], level_mm)
         for _ in range(count):
-            moved = move(smooth_moving, motion, spacing_mm)
+            moved = move(smooth_moving, motion, level_mm)
             residual = (smooth_fixed - moved)[:, 0]
-            slope = _gradient(moved, spacing_mm)
-            weight = 1 / (scale[:, 0].square() + residual.square())
+            slope = gradient_per_mm(moved, level_mm)
+            weight = 1 / (level_scale[:, 0].square() + residual.square())
             columns = torch.cat([slope, _turning(positions, slope) / lever_mm], 1).flatten(2)
             weighted = columns * weight.flatten(1)[:, None]
             normal = weighted @ columns.mT
@@ -161,11 +164,24 @@ def move(
     volume: Float[Tensor, "b c *dhw"],
     motion: Float[Tensor, "b m m"],
     spacing_mm: Float[Tensor, "b n"],
+    refine: int = 1,
 ) -> Float[Tensor, "b c *dhw"]:
-    """The volume seen through a rigid motion A in mm: out(p) = volume(A p), in full precision."""
+    """The volume seen through a rigid motion A in mm: out(p) = volume(A p), in full precision.
+
+    ``refine`` as in ``functional.warp.warp``.
+    """
     with torch.autocast(volume.device.type, enabled=False):
         displacement = rigid_displacement(motion, tuple(volume.shape[2:]), spacing_mm)
-        return warp(volume.float(), displacement, spacing_mm)
+        return warp(volume.float(), displacement, spacing_mm, refine=refine)
+
+
+def gradient_per_mm(
+    volume: Float[Tensor, "b 1 *dhw"], spacing_mm: Float[Tensor, "b n"]
+) -> Float[Tensor, "b n *dhw"]:
+    """Central differences along each spatial axis, in units a mm."""
+    axes = tuple(range(1, volume.ndim - 1))
+    slopes = torch.stack(torch.gradient(volume[:, 0], dim=axes), 1)
+    return slopes / rearrange(spacing_mm, f"b n -> b n {'1 ' * len(axes)}")
 
 
 def registration_error_mm(
@@ -187,19 +203,21 @@ def registration_error_mm(
         return (square.flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)).sqrt()
 
 
-def _positions(
-    shape: Sequence[int], spacing_mm: Float[Tensor, "b n"]
-) -> Float[Tensor, "b n *dhw"]:
+def _halved(volumes: Tensor, spacing_mm: Tensor, sigma_mm: float) -> tuple[Tensor, Tensor]:
+    """Volumes at half the resolution along the axes whose voxels are fine beside the smoothing.
+
+    An axis of odd size stays, so that the grid keeps its centre.
+    """
+    sizes = zip(volumes.shape[2:], spacing_mm[0].tolist(), strict=True)
+    factors = [2 if n % 2 == 0 and 2 * size <= sigma_mm else 1 for n, size in sizes]
+    pool = F.avg_pool3d if volumes.ndim == 5 else F.avg_pool2d
+    return pool(volumes, factors), spacing_mm * torch.tensor(factors, device=spacing_mm.device)
+
+
+def _positions(shape: Sequence[int], spacing_mm: Float[Tensor, "b n"]) -> Float[Tensor, "b n *dhw"]:
     axes = [torch.arange(size, device=spacing_mm.device) - (size - 1) / 2 for size in shape]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     return grid * rearrange(spacing_mm, f"b n -> b n {'1 ' * len(shape)}")
-
-
-def _gradient(volume: Tensor, spacing_mm: Tensor) -> Tensor:
-    """Central differences along each spatial axis, in units a mm: b n *dhw."""
-    axes = tuple(range(1, volume.ndim - 1))
-    slopes = torch.stack(torch.gradient(volume[:, 0], dim=axes), 1)
-    return slopes / rearrange(spacing_mm, f"b n -> b n {'1 ' * len(axes)}")
 
 
 def _turning(positions: Tensor, slope: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_torchios_own_random_affine_moves_alike_for_the_parameters_it_recorded()
     matrix = np.eye(4)
     matrix[:3, :3] = np.array(about["third"]) @ about["first"] @ about["second"]
     matrix[:3, 3] = recorded.translation
-    ours = move(volume, torch.from_numpy(matrix), SPACING_MM)
+    ours = move(volume, torch.from_numpy(matrix), SPACING_MM, interpolation="linear")
     torch.testing.assert_close(ours, theirs.ct.data, atol=1e-5, rtol=0)
 
 

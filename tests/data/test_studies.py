@@ -224,7 +224,7 @@ def test_a_ct_without_bone_says_what_to_add(make_study):
 
 def test_resampling_keeps_the_field_of_view_and_where_things_are(make_study):
     folder = make_study()
-    fine, coarse = load_study(folder), load_study(folder, resample_mm=(2, 2, 4))
+    fine, coarse = load_study(folder), load_study(folder, resample_mm=(2.0, 2.0, 4.0))
     assert coarse.mri.shape == (1, 28, 30, 13)
     assert coarse.spacing_mm == pytest.approx((2, 2, 4))
     for channel in range(3):

@@ -41,9 +41,35 @@ def test_the_mean_is_over_the_region_and_not_over_the_volume():
     mask = torch.zeros(a.shape, dtype=torch.bool)
     mask[0, :, 2:4, 3:9, 5:12] = True
     mask[1, :, :, 9] = True
-    similarity = ssim_map(a, b, (0.6, 1.5, 1.5))
+    similarity = ssim_map(a, b, (0.6, 1.5, 1.5), mask=mask)
     expected = [similarity[case][mask[case]].mean() for case in range(2)]
     torch.testing.assert_close(ssim(a, b, mask, (5.0, 2.0, 2.0)), torch.stack(expected))
+
+
+def test_what_lies_outside_the_region_has_no_say():
+    a, b = pair(1, 1, 8, 20, 20)
+    mask = torch.zeros(a.shape, dtype=torch.bool)
+    mask[:, :, 2:6, 3:12, 5:14] = True
+    changed = torch.where(mask, a, 5 * torch.rand(a.shape, dtype=a.dtype))
+    before, after = (ssim(image, b, mask, (5.0, 2.0, 2.0)) for image in (a, changed))
+    torch.testing.assert_close(after, before)
+
+
+def test_a_window_cut_by_the_region_weighs_the_voxels_that_remain():
+    a, b = pair(1, 1, 21, 21)
+    mask = torch.zeros(a.shape, dtype=torch.bool)
+    mask[:, :, 10:, 10:] = True  # the voxel at (10, 10) keeps a quarter of its window
+    taps = np.exp(-0.5 * (np.arange(6) / 1.5) ** 2)  # 5 voxels to either side, 3.5 sigma
+    weights = np.outer(taps, taps) / np.outer(taps, taps).sum()
+    x, y = (image[0, 0, 10:16, 10:16].numpy() for image in (a, b))
+    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+    var_x, var_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
+    covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
+    c_1, c_2 = 0.02**2, 0.06**2
+    luminance = (2 * mean_x * mean_y + c_1) / (mean_x**2 + mean_y**2 + c_1)
+    expected = luminance * (2 * covariance + c_2) / (var_x + var_y + c_2)
+    ours = ssim_map(a, b, (1.5, 1.5), mask=mask)[0, 0, 10, 10].item()
+    assert ours == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_inverted_image_scores_below_zero():
