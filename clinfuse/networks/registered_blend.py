@@ -58,7 +58,7 @@ class RegisteredBlend(nn.Module):
             registration's guess of the CT and its error scale) and output.
         registration: the rigid motion that realigns the CT; None takes the CT as it lies.
         noise_scale: error expected before training where the blend is flat, in model space.
-        misplaced_mm: how far edges may be misplaced: an untrained s is that times their slope.
+        misplaced_mm: how far edges may be misplaced before training.
         min_scale: lower bound of s, in model space.
         bone_logit: logit of w inside the bone mask (and minus that outside) before training.
     """
@@ -67,8 +67,8 @@ class RegisteredBlend(nn.Module):
         self,
         network: Callable[..., FusionUNet],
         registration: SynthesisRegistration | None,
-        noise_scale: float = 0.05,
-        misplaced_mm: float = 1.0,
+        noise_scale: float = 0.03,
+        misplaced_mm: float = 0.3,
         min_scale: float = 0.005,
         bone_logit: float = 8.0,
     ) -> None:
@@ -94,11 +94,20 @@ class RegisteredBlend(nn.Module):
         weight = torch.sigmoid(weight_logit + self.bone_logit * (2 * bone - 1))
         blend = weight * ct + (1 - weight) * batch.mri
         mean = leaky_clamp(blend + correction)
-        expected = self.noise_scale + self.misplaced_mm * slope_per_mm(
-            blend.detach(), batch.spacing_mm
-        )
+        expected = self._expected_error(weight, ct, batch).detach()
         scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
         return Anchor(mean, scale, ct, roi, weight, found)
+
+    def _expected_error(self, weight: Tensor, ct: Tensor, batch: FusionBatch) -> Tensor:
+        """What s is before any training: noise, the choice between the sources, misplaced edges.
+
+        If a voxel is the CT's with probability w, that choice alone has the variance
+        w (1 - w) (I_C - I_M)^2.
+        """
+        choice = weight * (1 - weight) * (ct - batch.mri).square()
+        blend = weight * ct + (1 - weight) * batch.mri
+        edges = self.misplaced_mm * slope_per_mm(blend, batch.spacing_mm)
+        return (self.noise_scale**2 + choice + edges.square()).sqrt()
 
 
 def slope_per_mm(

@@ -1,0 +1,80 @@
+from functools import partial
+
+import pytest
+import torch
+
+from clinfuse.networks.fusion_unet import FusionUNet
+from clinfuse.networks.registered_blend import NoAnchor, RegisteredBlend, leaky_clamp
+from clinfuse.networks.rigid_registration import SynthesisRegistration
+
+NETWORK = partial(FusionUNet, spatial_dims=3, channels=(8, 16), encoder_channels=4)
+
+
+def registration():
+    return SynthesisRegistration(3, features=(16,) * 6)
+
+
+@pytest.mark.parametrize("registration", [None, registration()], ids=["as_it_lies", "registered"])
+def test_an_untrained_blend_is_the_mask_composite_of_the_registered_sources(phantoms, registration):
+    batch = phantoms.batch(2.0)
+    with torch.no_grad():
+        anchor = RegisteredBlend(NETWORK, registration)(batch)
+    bone = anchor.roi[:, 1:2]
+    sure = (bone == 0) | (bone == 1)  # elsewhere the moved mask is between the two, and so is w
+    expected = torch.where(bone == 1, anchor.ct, batch.mri)
+    # w is sigmoid(8) in bone: it leaves 3e-4 of at most 2 to the other source
+    assert (anchor.mean - expected)[sure].abs().max() < 1e-3
+    assert sure.float().mean() > 0.5 and (bone == 1).any()
+    if registration is None:
+        assert torch.equal(anchor.ct, batch.ct) and torch.equal(bone.bool(), batch.bone)
+
+
+def test_brain_and_lesion_stay_with_the_mri_whatever_the_registration_finds(phantoms):
+    batch = phantoms.batch(4.0)
+    anchor = RegisteredBlend(NETWORK, registration())(batch)
+    assert torch.equal(anchor.roi[:, 0:1].bool(), batch.brain)
+    assert torch.equal(anchor.roi[:, 2:3].bool(), batch.lesion)
+
+
+def test_the_scale_starts_as_asked_and_stays_above_its_floor(phantoms):
+    batch = phantoms.batch()
+    blend = RegisteredBlend(NETWORK, None, initial_scale=0.2, min_scale=0.05)
+    torch.testing.assert_close(blend(batch).scale, torch.full_like(batch.mri, 0.2))
+    with torch.no_grad():
+        blend.network.unet.out[-1].conv.bias.fill_(-100.0)  # as sure as it can be
+    assert (blend(batch).scale >= 0.05).all()
+
+
+def test_training_reaches_weight_correction_and_scale_but_not_the_registration(phantoms):
+    blend = RegisteredBlend(NETWORK, registration())
+    anchor = blend(phantoms.batch())
+    (anchor.mean.sum() + anchor.scale.log().sum()).backward()
+    last = blend.network.unet.out[-1].conv.weight.grad
+    per_volume = last.flatten(1).abs().amax(1).reshape(3, -1)  # w, d and log s in Haar space
+    assert (per_volume.amax(1) > 0).all()
+    assert all(p.grad is None for p in blend.registration.parameters())
+
+
+def test_the_leaky_clamp_keeps_model_space_and_a_gradient_beyond_it():
+    x = torch.tensor([-3.0, -1.0, -0.2, 0.7, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    y = leaky_clamp(x)
+    torch.testing.assert_close(y, torch.tensor([-1.02, -1.0, -0.2, 0.7, 1.0, 1.01]).double())
+    y.sum().backward()
+    assert (x.grad > 0).all() and x.grad[0] == pytest.approx(0.01)
+    assert torch.autograd.gradcheck(leaky_clamp, torch.tensor([-1.5, 0.3, 1.2]).double().requires_grad_())
+
+
+def test_a_repeated_anchor_lies_case_by_case(phantoms):
+    anchor = RegisteredBlend(NETWORK, registration())(phantoms.batch())
+    two = anchor.repeat(2)
+    for name in ("mean", "scale", "ct", "roi", "ct_weight"):
+        one, both = getattr(anchor, name), getattr(two, name)
+        assert torch.equal(both, torch.cat([one, one]))
+
+
+def test_without_an_anchor_the_mean_is_zero_and_the_scale_one(phantoms):
+    batch = phantoms.batch(2.0)
+    anchor = NoAnchor()(batch)
+    assert (anchor.mean == 0).all() and (anchor.scale == 1).all()
+    assert torch.equal(anchor.ct, batch.ct) and torch.equal(anchor.roi.bool(), batch.roi)
+    assert not list(NoAnchor().parameters())
