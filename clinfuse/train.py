@@ -95,7 +95,7 @@ def report_facts(cfg: DictConfig, facts: dict[str, Any]) -> dict[str, Any]:
         "data": data["root"],
         "cases": ", ".join(f"{count} {split}" for split, count in data["cases"].items()),
         "split": f"by patient, {data['splits_source']}",
-        "training steps": cfg.trainer.max_steps,
+        "training epochs": cfg.trainer.max_epochs,
         "seed": cfg.seed,
     }
     return shown | {name: value for name, value in facts.items() if isinstance(value, str)}

@@ -1,0 +1,60 @@
+import lightning
+import pytest
+import torch
+
+from clinfuse.functional.surface import dice
+
+
+@pytest.fixture
+def head(phantoms):
+    return phantoms.method("lesion_head")
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 32), (13, 9, 17), (1, 8, 8)], ids=str)
+def test_every_size_gets_a_probability_at_every_voxel(head, shape):
+    probability = head(torch.randn(2, 1, *shape))
+    assert probability.shape == (2, 1, *shape)
+    assert 0 < probability.min() and probability.max() < 1
+
+
+def test_frozen_it_passes_gradients_on_and_keeps_none(head):
+    head.requires_grad_(False)
+    fused = torch.randn(1, 1, 16, 16, 16, requires_grad=True)
+    head(fused).sum().backward()
+    assert fused.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in head.parameters())
+
+
+def test_it_learns_to_see_the_lesion_it_is_shown(head, phantoms):
+    batch = phantoms.batch(0.0, case=7)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    head.log = lambda *_, **__: None  # there is no trainer to log to
+    for _ in range(25):
+        optimizer.zero_grad()
+        head.training_step(batch, 0).backward()
+        optimizer.step()
+    assert dice(head.eval()(batch.reference) > 0.5, batch.lesion) > 0.6
+
+
+def test_validation_and_test_log_the_dice_of_cases_that_have_a_lesion(head, phantoms):
+    data = phantoms.data()
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=3,
+    )  # fmt: skip
+    (logged,) = trainer.validate(head, datamodule=data, verbose=False)
+    expected = [
+        dice(head(item.reference) > 0.5, item.lesion).item() for item in data.val_dataloader()
+    ]
+    defined = [value for value in expected if value == value]
+    assert logged["val/lesion_dice"] == pytest.approx(sum(defined) / len(defined))
+    trainer.test(head, datamodule=data, verbose=False)
+    assert "test/lesion_dice" in trainer.callback_metrics
+
+
+def test_a_step_draws_the_same_noise_whenever_it_is_taken(head, phantoms):
+    batch = phantoms.batch(case=7)
+    head.log = lambda *_, **__: None
+    once = head.training_step(batch, 0)
+    torch.randn(100)  # whatever else has been drawn
+    assert torch.equal(head.training_step(batch, 0), once)

@@ -1,0 +1,77 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clinfuse.losses.roi import ClinicalRoiLoss
+from clinfuse.methods.objective import clean_ct_of, clean_roi_loss, reference_of, roi_loss
+
+
+class BrightIsLesion(torch.nn.Module):
+    """A lesion head without weights."""
+
+    def forward(self, fused):
+        return torch.sigmoid(8 * (fused - 0.5))
+
+
+@pytest.fixture
+def batch(phantoms):
+    return phantoms.batch(4.0, case=7)  # a large infarct
+
+
+def parts(batch):
+    return batch.mri, batch.ct, batch.roi
+
+
+def test_the_loss_of_a_case_is_equation_2_on_what_it_is_given(batch):
+    fused, loss = 0.5 * batch.mri, ClinicalRoiLoss(1.0, 1.2, 3.0)
+    probability = BrightIsLesion()(fused)
+    terms = loss(
+        fused, batch.mri, batch.ct, batch.brain, batch.bone, batch.spacing_mm,
+        probability, batch.lesion, batch.lesion_distance_mm,
+    )  # fmt: skip
+    got = roi_loss(loss, fused, batch, *parts(batch), BrightIsLesion())
+    torch.testing.assert_close(got, terms.total)
+    lesion = terms.dice + terms.nsd + 0.5 * terms.hd95
+    torch.testing.assert_close(got, terms.brain + 1.2 * terms.bone + 3 * lesion)
+
+
+def test_gamma_weighs_nothing_without_a_lesion_head_and_something_with_one(batch):
+    def total(gamma, head):
+        return roi_loss(ClinicalRoiLoss(gamma=gamma), batch.mri, batch, *parts(batch), head).item()
+
+    assert total(0.0, None) == total(3.0, None)
+    assert total(3.0, BrightIsLesion()) > total(0.0, BrightIsLesion()) + 0.1
+
+
+def test_training_compares_with_the_clean_registered_pair_and_not_with_the_moved_scan(batch):
+    bone_only = ClinicalRoiLoss(alpha=0, beta=1, gamma=0)
+    right = clean_roi_loss(bone_only, batch.clean_ct, batch)
+    as_scanned = clean_roi_loss(bone_only, batch.ct, batch)
+    torch.testing.assert_close(right, torch.zeros(1), atol=1e-4, rtol=0)
+    assert as_scanned > 0.1
+    brain_only = ClinicalRoiLoss(alpha=1, beta=0, gamma=0)
+    torch.testing.assert_close(
+        clean_roi_loss(brain_only, batch.clean_mri, batch), torch.zeros(1), atol=1e-4, rtol=0
+    )
+
+
+def test_the_objective_is_computed_in_single_precision_under_autocast(batch):
+    loss, fused = ClinicalRoiLoss(), (0.7 * batch.clean_mri).requires_grad_()
+    exact = clean_roi_loss(loss, fused, batch, BrightIsLesion())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = clean_roi_loss(loss, fused, batch, BrightIsLesion())
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, exact)
+
+
+@pytest.mark.parametrize("missing", ["clean_mri", "clean_ct", "clean_roi"])
+def test_training_without_the_truth_is_refused_by_case(batch, missing):
+    with pytest.raises(ValueError, match=f"needs {missing}, and case case_007 came without"):
+        clean_roi_loss(ClinicalRoiLoss(), batch.mri, replace(batch, **{missing: None}))
+
+
+def test_targets_are_those_of_the_batch_or_refused(batch):
+    assert reference_of(batch) is batch.reference and clean_ct_of(batch) is batch.clean_ct
+    with pytest.raises(ValueError, match="needs reference"):
+        reference_of(replace(batch, reference=None))
