@@ -207,6 +207,7 @@ def quiet_libraries() -> None:
     for text in (
         ".*Experiment logs directory.*exists and is not empty.*",  # it is the run's own folder
         ".*LeafSpec.*deprecated.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
         ".*does not have many workers.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*The total number of parameters detected may be inaccurate.*",

@@ -51,7 +51,8 @@ class RegisteredBlend(nn.Module):
 
     method.md section 3, "The mean as a registration-aware blend". ``registration`` predicts where
     (u), ``network`` what: the blend weight w, the correction d and log s. The weight starts from
-    the moved bone mask, so an untrained blend is the mask composite of the registered sources.
+    the moved bone mask, kept out of the brain mask (which is the MRI's own and does not move), so
+    an untrained blend is the mask composite of the registered sources.
 
     Args:
         network: builds the U-Net that returns w, d and log s, given its channels of state (the
@@ -91,7 +92,8 @@ class RegisteredBlend(nn.Module):
         roi = torch.cat([brain, bone, lesion], 1)
         out = self.network(guess, self.network.encode(batch.mri, ct, roi)).float()
         weight_logit, correction, log_scale = out.split(1, 1)
-        weight = torch.sigmoid(weight_logit + self.bone_logit * (2 * bone - 1))
+        prior = self.bone_logit * (2 * bone - 1 - 2 * brain)
+        weight = torch.sigmoid(weight_logit + prior)
         blend = weight * ct + (1 - weight) * batch.mri
         mean = leaky_clamp(blend + correction)
         expected = self._expected_error(weight, ct, batch).detach()

@@ -45,12 +45,12 @@ def test_gamma_weighs_nothing_without_a_lesion_head_and_something_with_one(batch
 
 
 def test_training_compares_with_the_clean_registered_pair_and_not_with_the_moved_scan(batch):
-    bone_only = ClinicalRoiLoss(alpha=0, beta=1, gamma=0)
+    bone_only = ClinicalRoiLoss(alpha=0.0, beta=1.0, gamma=0.0)
     right = clean_roi_loss(bone_only, batch.clean_ct, batch)
     as_scanned = clean_roi_loss(bone_only, batch.ct, batch)
     torch.testing.assert_close(right, torch.zeros(1), atol=1e-4, rtol=0)
     assert as_scanned > 0.1
-    brain_only = ClinicalRoiLoss(alpha=1, beta=0, gamma=0)
+    brain_only = ClinicalRoiLoss(alpha=1.0, beta=0.0, gamma=0.0)
     torch.testing.assert_close(
         clean_roi_loss(brain_only, batch.clean_mri, batch), torch.zeros(1), atol=1e-4, rtol=0
     )

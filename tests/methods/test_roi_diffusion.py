@@ -2,6 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from lightning import Callback
 
 from clinfuse.data.paired_volumes import collate_batches
@@ -81,25 +83,25 @@ def test_one_member_is_an_ensemble_too(phantoms):
 
 
 def test_eta_and_eta_u_and_kappa_change_the_sample(phantoms):
-    off = sampled(phantoms, "guidance.eta=0", "guidance.eta_u=0")
-    assert torch.equal(off, sampled(phantoms, "guidance.eta=0", "guidance.eta_u=0"))
+    off = sampled(phantoms, "guidance.eta=0.0", "guidance.eta_u=0.0")
+    assert torch.equal(off, sampled(phantoms, "guidance.eta=0.0", "guidance.eta_u=0.0"))
     assert torch.equal(off, sampled(phantoms, "guidance=off"))
-    guided = sampled(phantoms, "guidance.eta=0.2", "guidance.eta_u=0")
+    guided = sampled(phantoms, "guidance.eta=0.2", "guidance.eta_u=0.0")
     for other in (
         guided,
-        sampled(phantoms, "guidance.eta=0", "guidance.eta_u=0.2"),
-        sampled(phantoms, "guidance.eta=0.2", "guidance.eta_u=0", "guidance.kappa=5"),
-        sampled(phantoms, "guidance.eta=0.2", "guidance.eta_u=0", "guidance.kappa=null"),
+        sampled(phantoms, "guidance.eta=0.0", "guidance.eta_u=0.2"),
+        sampled(phantoms, "guidance.eta=0.2", "guidance.eta_u=0.0", "guidance.kappa=5.0"),
+        sampled(phantoms, "guidance.eta=0.2", "guidance.eta_u=0.0", "guidance.kappa=null"),
     ):
         assert (other - off).abs().max() > 1e-3
-    strong = sampled(phantoms, "guidance.eta=0.2", "guidance.eta_u=0", "guidance.kappa=5")
+    strong = sampled(phantoms, "guidance.eta=0.2", "guidance.eta_u=0.0", "guidance.kappa=5.0")
     assert (strong - guided).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("gradient", ["x0", "full"])
 def test_guidance_lowers_the_loss_that_it_descends(phantoms, gradient):
     batch = phantoms.batch(0.0)
-    method = phantoms.method("clinfuse", f"guidance.gradient={gradient}", "guidance.eta_u=0", steps=8)
+    method = phantoms.method("clinfuse", f"guidance.gradient={gradient}", "guidance.eta_u=0.0", steps=8)
     method.eval()
     anchor = method.anchor(batch)
 
@@ -182,8 +184,6 @@ class Watch(Callback):
 
 
 def trained(phantoms, method, parts, steps, *overrides):
-    from hydra.utils import instantiate
-
     cfg = phantoms.config("experiment=smoke", "data.prepare.workers=1", *overrides)
     watch = Watch(parts)
     trainer = instantiate(
@@ -215,7 +215,7 @@ def test_plain_diffusion_has_nothing_but_a_denoiser_to_train(phantoms):
 
 @pytest.mark.parametrize("parameterisation", ["v", "eps", "x_0"])
 def test_every_parameterisation_trains_and_samples(phantoms, parameterisation):
-    overrides = (f"method.parameterisation={parameterisation}", "method.shares=[0,0,1]")
+    overrides = (f"method.parameterisation={parameterisation}", "method.shares=[0.0,0.0,1.0]")
     method = phantoms.method("clinfuse", *overrides)
     watch = trained(phantoms, method, {"denoiser": method.network}, 1)
     # an untrained network predicts 0, so the loss is the target's mean square: of order 1
@@ -233,16 +233,16 @@ def test_the_same_training_twice_gives_the_same_weights_bit_for_bit(phantoms):
 
 
 def test_unguided_diffusion_has_neither_guidance_nor_the_roi_loss(phantoms):
-    method = phantoms.method("diffusion_unguided", "method.shares=[0,0,1]")
+    method = phantoms.method("diffusion_unguided", "method.shares=[0.0,0.0,1.0]")
     assert method.guidance.eta == 0 and method.guidance.eta_u == 0
     watch = trained(phantoms, method, {}, 1)
     assert "train/roi" not in watch.logged[0]
     assert watch.logged[0]["train/loss"] == watch.logged[0]["train/diffusion"]
 
 
-@pytest.mark.parametrize("shares", ["[0.5,0.5]", "[0.5,0.4,0.2]", "[-0.5,1,0.5]"])
+@pytest.mark.parametrize("shares", ["[0.5,0.5]", "[0.5,0.4,0.2]", "[-0.5,1.0,0.5]"])
 def test_shares_that_are_not_a_division_of_training_are_refused(phantoms, shares):
-    with pytest.raises(Exception, match="three shares of training that sum to 1"):
+    with pytest.raises(InstantiationException, match="three shares of training that sum to 1"):
         phantoms.method("clinfuse", f"method.shares={shares}")
 
 

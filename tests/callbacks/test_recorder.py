@@ -1,0 +1,198 @@
+import lightning
+import pandas as pd
+import pytest
+import torch
+
+from clinfuse.callbacks.recorder import CaseRecorder, RunReport, case_view, summarise
+from clinfuse.functional.psnr import psnr
+from clinfuse.functional.surface import dice
+from clinfuse.methods.base import FusionMethod
+from clinfuse.methods.rules import MaskComposite, Weighted
+from clinfuse.reporting.rows import CASE_COLUMNS
+
+AMPLITUDES = [0.0, 2.0]
+
+
+class BrightIsLesion(torch.nn.Module):
+    """A lesion head without weights."""
+
+    def forward(self, fused):
+        return torch.sigmoid(20 * (fused - 0.3))
+
+
+class Curious(FusionMethod):
+    """Keeps what it was given; two members, half a unit apart."""
+
+    steps = 7
+
+    def __init__(self):
+        super().__init__()
+        self.lesion_voxels, self.deepest_mm = [], []
+
+    def fuse(self, batch):
+        return self.ensemble(batch).mean(0)
+
+    def ensemble(self, batch):
+        self.lesion_voxels.append(int(batch.lesion.sum()))
+        self.deepest_mm.append(float(batch.lesion_distance_mm.min()))
+        return torch.stack([batch.mri * 0.5 - 0.25, batch.mri * 0.5 + 0.25])
+
+
+@pytest.fixture
+def data(phantoms):
+    """The heads, with the largest infarct among the test cases."""
+    data = phantoms.data(f"data.misregistration_mm={AMPLITUDES}")
+    data._asked_splits = {"train": ["case_001"], "val": ["case_002"], "test": ["case_000", "case_007"]}
+    return data
+
+
+def tested(methods, recorder, data):
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[recorder], inference_mode=False, enable_checkpointing=False,
+    )  # fmt: skip
+    for name, method in methods.items():
+        recorder.method = name
+        trainer.test(method, datamodule=data, verbose=False)
+    return pd.DataFrame(recorder.rows)
+
+
+def recorder_in(folder, **changes):
+    settings = {"preset": "stroke", "seed": 3, "method": "average", "pictures": 1} | changes
+    return CaseRecorder(folder, **settings)
+
+
+def value(rows, **key):
+    chosen = rows
+    for column, wanted in key.items():
+        chosen = chosen[chosen[column] == wanted]
+    assert len(chosen) == 1
+    return chosen["value"].item()
+
+
+def test_every_method_case_and_amplitude_has_a_row_of_every_metric(tmp_path, data):
+    methods = {"average": Weighted(0.5), "mask_composite": MaskComposite()}
+    rows = tested(methods, recorder_in(tmp_path), data)
+    assert tuple(rows.columns) == CASE_COLUMNS
+    assert set(rows["preset"]) == {"stroke"} and set(rows["seed"]) == {3}
+    assert set(rows["mask_source"]) == {"expert"} and set(rows["steps"]) == {0}
+    groups = rows.groupby(["method", "misregistration_mm", "case_id"], sort=False)
+    assert set(groups.groups) == {
+        (method, amplitude, case)
+        for method in methods
+        for amplitude in AMPLITUDES
+        for case in ("case_000", "case_007")
+    }
+    measured = {tuple(map(tuple, group[["roi", "metric"]].values)) for _, group in groups}
+    assert measured == {
+        (
+            ("brain", "ssim"), ("brain", "fsim"), ("bone", "psnr"), ("bone", "ssim"),
+            ("whole", "psnr"), ("whole", "ssim"), ("whole", "fsim"),
+        )
+    }  # fmt: skip
+
+
+def test_values_are_those_of_the_case_at_the_amplitude_they_stand_beside(tmp_path, data):
+    rows = tested({"mask_composite": MaskComposite()}, recorder_in(tmp_path), data)
+    for amplitude in AMPLITUDES:
+        for batch in data.test_batches(amplitude):
+            expected = psnr(MaskComposite().fuse(batch), batch.clean_ct, batch.clean_roi[:, 1:2])
+            key = {"case_id": batch.case_id[0], "misregistration_mm": amplitude}
+            got = value(rows, roi="bone", metric="psnr", **key)
+            assert got == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_an_ensemble_is_scored_by_its_mean_and_its_spread_by_its_correlation(tmp_path, data):
+    rows = tested({"curious": Curious(), "half": Weighted(0.5)}, recorder_in(tmp_path), data)
+    ensemble = rows[rows["method"] == "curious"]
+    assert set(ensemble["steps"]) == {7}
+    assert set(ensemble[ensemble["metric"] == "spread_error_correlation"]["roi"]) == {
+        "whole", "brain", "bone",
+    }  # fmt: skip
+    assert "spread_error_correlation" not in set(rows[rows["method"] == "half"]["metric"])
+    (batch,) = [b for b in data.test_batches(0.0) if b.case_id == ["case_007"]]
+    expected = psnr(0.5 * batch.mri, batch.reference, torch.ones_like(batch.brain))
+    got = value(ensemble, case_id="case_007", misregistration_mm=0.0, roi="whole", metric="psnr")
+    assert got == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_without_the_mask_no_method_sees_the_lesion_and_scores_still_know_it(tmp_path, data):
+    def lesion_rows(mask_source):
+        method = Curious()
+        settings = {"mask_source": mask_source, "lesion_head": BrightIsLesion()}
+        rows = tested({"curious": method}, recorder_in(tmp_path, **settings), data)
+        assert set(rows["mask_source"]) == {mask_source}
+        lesion = rows[rows["roi"] == "lesion"]
+        assert set(lesion["metric"]) == {"dice", "nsd", "hd95"}
+        return method, lesion
+
+    seen, expert = lesion_rows("expert")
+    blind, none = lesion_rows("none")
+    assert max(seen.lesion_voxels) > 0 and set(blind.lesion_voxels) == {0}
+    assert min(seen.deepest_mm) < 0 < min(blind.deepest_mm)  # its distance map would tell it too
+    # the method looks at the MRI alone, so its scores may not change
+    pd.testing.assert_series_equal(expert["value"], none["value"])
+    dices = expert[(expert["metric"] == "dice") & (expert["case_id"] == "case_007")]["value"]
+    assert dices.notna().all()
+
+
+def test_the_lesion_score_is_of_what_the_head_sees_in_the_fused_volume(tmp_path, data):
+    recorder = recorder_in(tmp_path, lesion_head=BrightIsLesion())
+    rows = tested({"average": Weighted(0.5)}, recorder, data)
+    for batch in data.test_batches(2.0):
+        fused = Weighted(0.5).fuse(batch)
+        expected = dice(BrightIsLesion()(fused) > 0.5, batch.clean_roi[:, 2:3]).item()
+        key = {"case_id": batch.case_id[0], "misregistration_mm": 2.0}
+        assert value(rows, roi="lesion", metric="dice", **key) == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_folder_with_rows_figures_and_a_report_is_written(tmp_path, data):
+    recorder = recorder_in(tmp_path / "out", pictures_of="average", facts={"scanner": "none"})
+    rows = tested({"average": Weighted(0.5), "mask_composite": MaskComposite()}, recorder, data)
+    assert not (tmp_path / "out").exists()  # nothing before all is scored
+    report = recorder.write()
+    assert report == tmp_path / "out" / "report.html" and "scanner" in report.read_text()
+    written = pd.read_csv(tmp_path / "out" / "cases.csv")
+    assert len(written) == len(rows) and tuple(written.columns) == CASE_COLUMNS
+    assert {p.name for p in (tmp_path / "out" / "figures").iterdir()} >= {
+        "case_000.png", "robustness.png",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("asked, shown", [(2.0, 2.0), (3.0, 0.0)])
+def test_pictures_are_of_one_method_at_one_amplitude_or_the_first_where_that_is_not_tested(
+    tmp_path, data, asked, shown
+):
+    recorder = recorder_in(tmp_path, pictures=5, pictures_at_mm=asked)
+    tested({"average": Weighted(0.5), "mask_composite": MaskComposite()}, recorder, data)
+    assert [view.case_id for view in recorder.views] == ["case_000", "case_007"]
+    assert all(view.caption.startswith("average, preset stroke") for view in recorder.views)
+    assert all(f"moved by {shown:g} mm" in view.caption for view in recorder.views)
+
+
+def test_the_report_of_a_training_run_is_written_when_its_test_ends(tmp_path, data):
+    tested({"average": Weighted(0.5)}, RunReport(tmp_path, "stroke", 0, "average", pictures=1), data)
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "cases.csv").is_file()
+
+
+def test_an_unknown_source_of_masks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="mask_source expert or none, got 'oracle'"):
+        recorder_in(tmp_path, mask_source="oracle")
+
+
+def test_a_view_shows_sources_as_given_and_masks_as_they_truly_are(phantoms):
+    batch = phantoms.batch(4.0, case=7)
+    view = case_view(batch, 0, batch.mri, None, "caption")
+    assert (view.ct == batch.ct[0, 0].numpy()).all()
+    assert (view.bone == batch.clean_roi[0, 1].numpy()).all()
+    assert (view.bone != batch.roi[0, 1].numpy()).any()
+    assert view.spread is None and view.lesion.sum() == batch.clean_roi[0, 2].sum()
+    assert case_view(phantoms.batch(case=6), 0, batch.mri, None, "").lesion is None  # none drawn
+
+
+def test_a_summary_is_mean_and_standard_deviation_and_one_draw_has_no_spread():
+    draws = torch.randn(5, 2, 1, 3, 4, 5)
+    mean, spread = summarise(draws)
+    torch.testing.assert_close(mean, draws.sum(0) / 5)
+    torch.testing.assert_close(spread, ((draws - mean).square().sum(0) / 4).sqrt())
+    assert summarise(draws[:1])[1] is None
