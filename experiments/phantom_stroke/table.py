@@ -1,4 +1,4 @@
-"""Per-case rows to this folder's table: ``python experiments/phantom_stroke/table.py CASES_CSV``."""
+"""Per-case rows to this folder's table: ``python table.py CASES_CSV``."""
 
 import sys
 
