@@ -3,16 +3,19 @@
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -35,6 +38,16 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 SMOKE = ("experiment=smoke", "data.prepare.workers=1")
 """Eight heads of 16 x 32 x 32 voxels and a network of two narrow levels."""
+
+RUN = (
+    *SMOKE,
+    "trainer.max_epochs=3",  # of four steps each
+    "trainer.check_val_every_n_epoch=3",
+    "trainer.log_every_n_steps=1",
+    "method.steps=2",
+    "method.members=2",
+)
+"""A training of seconds that visits everything: three stages, a validation, a test."""
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +138,37 @@ class Phantoms:
             cfg.method.steps, cfg.method.members = steps, members
         torch.manual_seed(0)
         return build_method(cfg)
+
+
+def command_line(module: str, *arguments: str, **environment: str) -> CompletedProcess[str]:
+    """An entry point run as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=CHECKOUT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def entry_point() -> Callable[..., CompletedProcess[str]]:
+    """Runs ``python -m MODULE ARGUMENTS``."""
+    return command_line
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a training of ``RUN`` from the command line, made once for all workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "smoke_run"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "report.html").is_file():
+            overrides = (*RUN, f"cache_dir={base / 'smoke_cache'}", f"hydra.run.dir={folder}")
+            done = command_line("clinfuse.train", *overrides)
+            assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture(scope="session")

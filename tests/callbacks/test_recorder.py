@@ -42,11 +42,15 @@ class Curious(FusionMethod):
 def data(phantoms):
     """The heads, with the largest infarct among the test cases."""
     data = phantoms.data(f"data.misregistration_mm={AMPLITUDES}")
-    data._asked_splits = {"train": ["case_001"], "val": ["case_002"], "test": ["case_000", "case_007"]}
+    data._asked_splits = {
+        "train": ["case_001"],
+        "val": ["case_002"],
+        "test": ["case_000", "case_007"],
+    }
     return data
 
 
-def tested(methods, recorder, data):
+def scored(methods, recorder, data):
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[recorder], inference_mode=False, enable_checkpointing=False,
@@ -72,7 +76,7 @@ def value(rows, **key):
 
 def test_every_method_case_and_amplitude_has_a_row_of_every_metric(tmp_path, data):
     methods = {"average": Weighted(0.5), "mask_composite": MaskComposite()}
-    rows = tested(methods, recorder_in(tmp_path), data)
+    rows = scored(methods, recorder_in(tmp_path), data)
     assert tuple(rows.columns) == CASE_COLUMNS
     assert set(rows["preset"]) == {"stroke"} and set(rows["seed"]) == {3}
     assert set(rows["mask_source"]) == {"expert"} and set(rows["steps"]) == {0}
@@ -93,7 +97,7 @@ def test_every_method_case_and_amplitude_has_a_row_of_every_metric(tmp_path, dat
 
 
 def test_values_are_those_of_the_case_at_the_amplitude_they_stand_beside(tmp_path, data):
-    rows = tested({"mask_composite": MaskComposite()}, recorder_in(tmp_path), data)
+    rows = scored({"mask_composite": MaskComposite()}, recorder_in(tmp_path), data)
     for amplitude in AMPLITUDES:
         for batch in data.test_batches(amplitude):
             expected = psnr(MaskComposite().fuse(batch), batch.clean_ct, batch.clean_roi[:, 1:2])
@@ -103,7 +107,7 @@ def test_values_are_those_of_the_case_at_the_amplitude_they_stand_beside(tmp_pat
 
 
 def test_an_ensemble_is_scored_by_its_mean_and_its_spread_by_its_correlation(tmp_path, data):
-    rows = tested({"curious": Curious(), "half": Weighted(0.5)}, recorder_in(tmp_path), data)
+    rows = scored({"curious": Curious(), "half": Weighted(0.5)}, recorder_in(tmp_path), data)
     ensemble = rows[rows["method"] == "curious"]
     assert set(ensemble["steps"]) == {7}
     assert set(ensemble[ensemble["metric"] == "spread_error_correlation"]["roi"]) == {
@@ -120,7 +124,7 @@ def test_without_the_mask_no_method_sees_the_lesion_and_scores_still_know_it(tmp
     def lesion_rows(mask_source):
         method = Curious()
         settings = {"mask_source": mask_source, "lesion_head": BrightIsLesion()}
-        rows = tested({"curious": method}, recorder_in(tmp_path, **settings), data)
+        rows = scored({"curious": method}, recorder_in(tmp_path, **settings), data)
         assert set(rows["mask_source"]) == {mask_source}
         lesion = rows[rows["roi"] == "lesion"]
         assert set(lesion["metric"]) == {"dice", "nsd", "hd95"}
@@ -138,17 +142,19 @@ def test_without_the_mask_no_method_sees_the_lesion_and_scores_still_know_it(tmp
 
 def test_the_lesion_score_is_of_what_the_head_sees_in_the_fused_volume(tmp_path, data):
     recorder = recorder_in(tmp_path, lesion_head=BrightIsLesion())
-    rows = tested({"average": Weighted(0.5)}, recorder, data)
+    rows = scored({"average": Weighted(0.5)}, recorder, data)
     for batch in data.test_batches(2.0):
         fused = Weighted(0.5).fuse(batch)
         expected = dice(BrightIsLesion()(fused) > 0.5, batch.clean_roi[:, 2:3]).item()
         key = {"case_id": batch.case_id[0], "misregistration_mm": 2.0}
-        assert value(rows, roi="lesion", metric="dice", **key) == pytest.approx(expected, nan_ok=True)
+        assert value(rows, roi="lesion", metric="dice", **key) == pytest.approx(
+            expected, nan_ok=True
+        )
 
 
 def test_a_folder_with_rows_figures_and_a_report_is_written(tmp_path, data):
     recorder = recorder_in(tmp_path / "out", pictures_of="average", facts={"scanner": "none"})
-    rows = tested({"average": Weighted(0.5), "mask_composite": MaskComposite()}, recorder, data)
+    rows = scored({"average": Weighted(0.5), "mask_composite": MaskComposite()}, recorder, data)
     assert not (tmp_path / "out").exists()  # nothing before all is scored
     report = recorder.write()
     assert report == tmp_path / "out" / "report.html" and "scanner" in report.read_text()
@@ -164,14 +170,16 @@ def test_pictures_are_of_one_method_at_one_amplitude_or_the_first_where_that_is_
     tmp_path, data, asked, shown
 ):
     recorder = recorder_in(tmp_path, pictures=5, pictures_at_mm=asked)
-    tested({"average": Weighted(0.5), "mask_composite": MaskComposite()}, recorder, data)
+    scored({"average": Weighted(0.5), "mask_composite": MaskComposite()}, recorder, data)
     assert [view.case_id for view in recorder.views] == ["case_000", "case_007"]
     assert all(view.caption.startswith("average, preset stroke") for view in recorder.views)
     assert all(f"moved by {shown:g} mm" in view.caption for view in recorder.views)
 
 
 def test_the_report_of_a_training_run_is_written_when_its_test_ends(tmp_path, data):
-    tested({"average": Weighted(0.5)}, RunReport(tmp_path, "stroke", 0, "average", pictures=1), data)
+    scored(
+        {"average": Weighted(0.5)}, RunReport(tmp_path, "stroke", 0, "average", pictures=0), data
+    )
     assert (tmp_path / "report.html").is_file() and (tmp_path / "cases.csv").is_file()
 
 

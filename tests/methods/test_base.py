@@ -141,7 +141,11 @@ class Brightest(FusionMethod):
 def test_a_new_method_needs_nothing_but_fuse(phantoms):
     method, batch = Brightest(), phantoms.batch()
     assert not method.is_trainable and method.steps == 0
-    for members in (method.ensemble(batch), method.test_step(batch, 0), method.validation_step(batch, 0)):
+    for members in (
+        method.ensemble(batch),
+        method.test_step(batch, 0),
+        method.validation_step(batch, 0),
+    ):
         assert torch.equal(members, method.fuse(batch)[None])
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False

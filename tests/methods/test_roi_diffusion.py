@@ -101,14 +101,18 @@ def test_eta_and_eta_u_and_kappa_change_the_sample(phantoms):
 @pytest.mark.parametrize("gradient", ["x0", "full"])
 def test_guidance_lowers_the_loss_that_it_descends(phantoms, gradient):
     batch = phantoms.batch(0.0)
-    method = phantoms.method("clinfuse", f"guidance.gradient={gradient}", "guidance.eta_u=0.0", steps=8)
+    method = phantoms.method(
+        "clinfuse", f"guidance.gradient={gradient}", "guidance.eta_u=0.0", steps=8
+    )
     method.eval()
     anchor = method.anchor(batch)
 
     def loss(eta):
         method.guidance = replace(method.guidance, eta=eta)
         sources = (batch.mri, anchor.ct, anchor.roi > 0.5)
-        return sum(roi_loss(method.guidance_loss, f, batch, *sources) for f in method.ensemble(batch))
+        return sum(
+            roi_loss(method.guidance_loss, f, batch, *sources) for f in method.ensemble(batch)
+        )
 
     assert loss(0.2) < 0.95 * loss(0.0)
 
@@ -166,7 +170,10 @@ class Watch(Callback):
         self.parts, self.changed, self.logged = parts, [], []
 
     def weights(self):
-        return {name: [p.detach().clone() for p in module.parameters()] for name, module in self.parts.items()}
+        return {
+            name: [p.detach().clone() for p in module.parameters()]
+            for name, module in self.parts.items()
+        }
 
     def on_train_batch_start(self, *_):
         self.before = self.weights()
@@ -177,7 +184,9 @@ class Watch(Callback):
             {
                 name
                 for name in now
-                if any(not torch.equal(a, b) for a, b in zip(self.before[name], now[name], strict=True))
+                if any(
+                    not torch.equal(a, b) for a, b in zip(self.before[name], now[name], strict=True)
+                )
             }
         )
         self.logged.append({k: float(v) for k, v in trainer.logged_metrics.items()})

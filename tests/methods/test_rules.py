@@ -38,7 +38,9 @@ def test_rules_give_what_one_works_out_by_hand(method, expected, batch):
 
 
 @pytest.mark.parametrize("option, mri_weight", [("average", 0.5), ("weighted", 0.7)])
-def test_the_configured_weights_are_those_of_the_baselines_table(option, mri_weight, phantoms, batch):
+def test_the_configured_weights_are_those_of_the_baselines_table(
+    option, mri_weight, phantoms, batch
+):
     torch.testing.assert_close(
         phantoms.method(option).fuse(batch), mri_weight * batch.mri + (1 - mri_weight) * batch.ct
     )

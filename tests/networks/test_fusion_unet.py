@@ -82,7 +82,9 @@ def test_the_output_depends_on_state_level_both_sources_and_every_mask():
         with torch.no_grad():
             return network(state, network.encode(mri, ct, roi), alpha_bar_t)
 
-    other_masks = [torch.cat([roi[:, :i], 1 - roi[:, i : i + 1], roi[:, i + 1 :]], 1) for i in (0, 1, 2)]
+    other_masks = [
+        torch.cat([roi[:, :i], 1 - roi[:, i : i + 1], roi[:, i + 1 :]], 1) for i in (0, 1, 2)
+    ]
     changed = [
         out(state=-state), out(mri=-mri), out(ct=-ct), out(alpha_bar_t=0.9 * alpha_bar_t),
         *(out(roi=other) for other in other_masks),
@@ -139,7 +141,9 @@ def test_impossible_networks_are_refused(wrong, words):
 def test_padding_repeats_the_border_to_the_next_multiple_and_cropping_undoes_it(shape, multiple):
     volume = torch.randn(2, 1, *shape)
     padded = pad_to_multiple(volume, multiple)
-    assert all(n % multiple == 0 and n - m < multiple for n, m in zip(padded.shape[2:], shape, strict=True))
+    assert all(
+        n % multiple == 0 and n - m < multiple for n, m in zip(padded.shape[2:], shape, strict=True)
+    )
     sides = [(0, n - m) for n, m in zip(padded.shape, volume.shape, strict=True)]
     np.testing.assert_array_equal(padded, np.pad(volume.numpy(), sides, mode="edge"))
     assert torch.equal(crop(padded, shape), volume)
@@ -153,9 +157,11 @@ def test_the_noise_angle_never_falls_with_noise(levels):
 
 
 def test_the_noise_angle_is_0_for_clean_1000_for_noise_and_about_t_under_the_cosine_schedule():
-    torch.testing.assert_close(noise_angle(torch.tensor([1.0, 0.5, 0.0])), torch.tensor([0.0, 500, 1000]))
+    torch.testing.assert_close(
+        noise_angle(torch.tensor([1.0, 0.5, 0.0])), torch.tensor([0.0, 500, 1000])
+    )
     t = torch.arange(1, 1001)
-    # the schedule's offset of 0.008 shifts t by 8 of 1000 at the clean end, and by none at the other
+    # the schedule's offset of 0.008 shifts t by 8 of 1000 at the clean end, and by none at the end
     assert (noise_angle(cosine(1000)) - t).abs().max() < 10
 
 

@@ -35,7 +35,9 @@ def test_in_single_precision_nothing_differs_from_pytorchs_convolution(shape):
 
 
 @pytest.mark.parametrize("depth, stride", [(1, 1), (2, 1), (4, 2), (3, 2)])
-def test_under_autocast_the_weight_gradient_of_a_tiny_output_is_that_of_single_precision(depth, stride):
+def test_under_autocast_the_weight_gradient_of_a_tiny_output_is_that_of_single_precision(
+    depth, stride
+):
     _, safe = pair(stride)
     for seed in range(5):  # what is wrong in PyTorch is uninitialised memory, which may look right
         x = torch.randn(2, 16, depth, 8, 8, generator=torch.Generator().manual_seed(seed))

@@ -64,7 +64,9 @@ def test_the_leaky_clamp_keeps_model_space_and_a_gradient_beyond_it():
     torch.testing.assert_close(y, torch.tensor([-1.02, -1.0, -0.2, 0.7, 1.0, 1.01]).double())
     y.sum().backward()
     assert (x.grad > 0).all() and x.grad[0] == pytest.approx(0.01)
-    assert torch.autograd.gradcheck(leaky_clamp, torch.tensor([-1.5, 0.3, 1.2]).double().requires_grad_())
+    assert torch.autograd.gradcheck(
+        leaky_clamp, torch.tensor([-1.5, 0.3, 1.2]).double().requires_grad_()
+    )
 
 
 def test_a_repeated_anchor_lies_case_by_case(phantoms):

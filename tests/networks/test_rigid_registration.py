@@ -89,7 +89,10 @@ def test_what_one_image_shows_and_the_other_does_not_has_little_say(heads):
 def test_cases_of_a_batch_do_not_mix(heads):
     ct, _ = heads
     moving = torch.stack(
-        [moved_by_torchio(c, fixed_misregistration(f"{i}", 3, 3), SPACING_MM) for i, c in enumerate(ct)]
+        [
+            moved_by_torchio(c, fixed_misregistration(f"{i}", 3, 3), SPACING_MM)
+            for i, c in enumerate(ct)
+        ]
     )
     together = found(moving, ct, SPACING_MM)
     apart = [found(moving[i : i + 1], ct[i : i + 1], SPACING_MM) for i in (0, 1)]
@@ -109,11 +112,15 @@ def test_the_motion_found_is_the_one_that_a_batch_of_ours_records(phantoms):
     motion = found(batch.ct, batch.clean_ct, spacing_mm)
     assert error_mm(motion, batch.misregistration, batch.brain, spacing_mm) < 0.5  # voxels of 6 mm
     realigned = move(batch.ct, motion, batch.spacing_mm)
-    gained = (batch.ct - batch.clean_ct).square().mean() / (realigned - batch.clean_ct).square().mean()
+    gained = (batch.ct - batch.clean_ct).square().mean() / (
+        realigned - batch.clean_ct
+    ).square().mean()
     assert gained > 4
 
 
-@pytest.mark.parametrize("shape, spacing_mm", [((7, 9, 11), (4.0, 3.0, 2.0)), ((13, 18), (2.0, 1.0))])
+@pytest.mark.parametrize(
+    "shape, spacing_mm", [((7, 9, 11), (4.0, 3.0, 2.0)), ((13, 18), (2.0, 1.0))]
+)
 def test_every_size_is_registered_and_only_the_guess_has_a_gradient(shape, spacing_mm):
     registration = SynthesisRegistration(len(shape), features=(16,) * 6)
     mri, ct = (2 * torch.rand(2, 2, 1, *shape) - 1).unbind(0)
@@ -144,7 +151,9 @@ def test_the_registration_error_is_what_a_ruler_says():
     anywhere = torch.rand(1, 1, *shape) > 0.5
     assert error_mm(shifted, still, anywhere, spacing_mm).item() == pytest.approx(7, rel=1e-5)
 
-    angle = math.radians(10)  # about the first axis: a voxel on it stays, one r away moves by a chord
+    angle = math.radians(
+        10
+    )  # about the first axis: a voxel on it stays, one r away moves by a chord
     turned = still.clone()
     turned[0, 1:3, 1:3] = torch.tensor(
         [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]

@@ -1,0 +1,266 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from clinfuse.configuration import (
+    CONFIG_PATH,
+    build_method,
+    checkpoint_of,
+    choice_was_made,
+    commit,
+    fastest_precision,
+    fingerprint,
+    in_one_sentence,
+    run_config,
+    run_facts,
+    trained_method,
+    with_other_guidance,
+)
+from clinfuse.diffusion.schedule import cosine
+
+
+def options(group):
+    return sorted(path.stem for path in (Path(CONFIG_PATH) / group).glob("*.yaml"))
+
+
+PRESETS = {  # alpha, beta, gamma, typed from the table in section 2 of the method
+    "default": (1.0, 1.0, 2.0),
+    "stroke": (1.0, 1.2, 3.0),
+    "brain_tumor": (1.5, 0.5, 2.0),
+    "bone_tumor": (0.5, 2.0, 2.0),
+    "metastasis": (1.0, 1.0, 3.0),
+}
+
+
+@pytest.mark.parametrize("preset", options("preset"))
+def test_presets_are_those_of_the_method_s_table(preset, phantoms):
+    cfg = phantoms.config(f"preset={preset}")
+    assert (cfg.guidance.alpha, cfg.guidance.beta, cfg.guidance.gamma) == PRESETS[preset]
+    assert cfg.preset == preset
+    for loss in (cfg.method.loss, cfg.method.guidance_loss):
+        assert (loss.alpha, loss.beta, loss.gamma) == PRESETS[preset]
+
+
+def test_every_preset_of_the_method_exists():
+    assert set(options("preset")) == set(PRESETS)
+
+
+def test_defaults_are_those_that_the_method_states(phantoms):
+    cfg = phantoms.config()
+    torch.testing.assert_close(instantiate(cfg.schedule), cosine(1000))
+    assert list(cfg.guidance.lambdas) == [1.0, 1.0, 0.5]
+    assert (cfg.guidance.kappa, cfg.guidance.tau_mm) == (0.5, 2.0)
+    assert cfg.method.members == 5 and cfg.method.parameterisation == "v"
+    assert cfg.trainer.gradient_clip_val == 1.0 and cfg.trainer.inference_mode is False
+    assert cfg.optimizer._target_ == "torch.optim.AdamW" and cfg.optimizer.lr == 1e-4
+    jitter = phantoms.config("data=studies", "data.root=anywhere").data.jitter
+    assert (jitter.max_mm, jitter.max_deg, jitter.probability) == (2.0, 2.0, 0.5)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("method", ["clinfuse", "deterministic_unet", "lesion_head"])
+def test_every_experiment_can_train_every_kind_of_method(experiment, method, phantoms):
+    cfg = phantoms.config(f"experiment={experiment}", f"method={method}", "network=tiny")
+    assert build_method(cfg).is_trainable
+
+
+@pytest.mark.parametrize("network", options("network"))
+def test_every_network_can_be_asked_for(network, phantoms):
+    cfg = phantoms.config(f"network={network}", "network.channels=[8,16]")
+    unet = instantiate(cfg.network)(state_channels=1, out_channels=1)
+    assert unet.haar == (network != "pixel")
+    assert unet.cross_attention == (network == "cross_attention")
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_a_recipe_can_be_given_the_users_own_data(experiment, phantoms, tmp_path):
+    cfg = phantoms.config(f"experiment={experiment}", "data=studies", f"data.root={tmp_path}")
+    assert instantiate(cfg.data, _convert_="all").prepare is None
+
+
+@pytest.mark.parametrize("name", ["evaluate", "fuse"])
+def test_guidance_is_overridden_on_the_command_line_as_the_configuration_says(name, phantoms):
+    assert phantoms.config("guidance.eta=0.3", name=name).guidance.eta == 0.3
+
+
+def test_a_fingerprint_tells_configurations_apart_and_nothing_else():
+    one = {"cases": 60, "shape": [32, 96, 96]}
+    same = OmegaConf.create({"shape": [32, 96, 96], "cases": 60})
+    assert fingerprint(one) == fingerprint(same) and len(fingerprint(one)) == 8
+    assert fingerprint(one) != fingerprint({**one, "cases": 61})
+    assert fingerprint(one) != fingerprint({**one, "shape": [96, 32, 96]})
+
+
+def test_cohorts_of_other_parameters_lie_in_other_folders(phantoms):
+    roots = [
+        phantoms.config(f"data.prepare.cases={cases}", "data.prepare.seed=0").data.root
+        for cases in (5, 5, 6)
+    ]
+    assert roots[0] == roots[1] != roots[2]
+
+
+def test_the_precision_is_one_that_lightning_knows():
+    assert fastest_precision() in ("bf16-mixed", "16-mixed", "32-true")
+
+
+# One sentence.
+
+
+def explained(error, capsys):
+    @in_one_sentence
+    def main(_cfg):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        main(DictConfig({}))
+    return exit_.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("expected an MRI,\n   got a cat"),
+        FileNotFoundError("expected an MRI,\tgot a cat"),
+        FileExistsError("expected an MRI, got a cat"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_status_one(error, capsys):
+    status, stderr = explained(error, capsys)
+    assert status == 1
+    assert stderr.splitlines()[0] == "clinfuse: expected an MRI, got a cat"
+    assert "Traceback" not in stderr
+
+
+def test_bad_input_inside_a_constructor_is_said_as_plainly(capsys):
+    settings = {"_target_": "clinfuse.methods.rules.Weighted", "mri_weight": 7.0}
+    with pytest.raises(InstantiationException) as inner:
+        instantiate(settings)
+    status, stderr = explained(inner.value, capsys)
+    assert status == 1
+    assert stderr.splitlines()[0] == "clinfuse: expected mri_weight in [0, 1], got 7.0"
+
+
+@pytest.mark.parametrize("error", [TypeError("a bug"), KeyError("a bug"), AssertionError("a bug")])
+def test_our_own_bugs_are_not_dressed_up(error):
+    @in_one_sentence
+    def main(_cfg):
+        raise error
+
+    with pytest.raises(type(error)):
+        main(DictConfig({}))
+
+
+def test_whoever_asks_for_it_sees_where_it_was_raised(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    @in_one_sentence
+    def main(_cfg):
+        raise ValueError("bad input")
+
+    with pytest.raises(ValueError, match="bad input"):
+        main(DictConfig({}))
+
+
+def test_what_succeeds_is_passed_through():
+    assert in_one_sentence(lambda cfg: cfg.value)(DictConfig({"value": 3})) == 3
+
+
+# Run folders.
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"run folder with .hydra/config.yaml.*{tmp_path}"):
+        run_config(tmp_path)
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/checkpoints/last.ckpt.*train the run"):
+        checkpoint_of(tmp_path)
+
+
+def copied(run, folder):
+    """The run without what a test does not need."""
+    for name in (".hydra", "checkpoints"):
+        shutil.copytree(run / name, folder / name)
+    return folder
+
+
+def test_a_run_gives_back_its_trained_method(smoke_run):
+    method = trained_method(smoke_run)
+    saved = torch.load(smoke_run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert not method.training
+    assert saved.keys() == method.state_dict().keys()
+    assert all(torch.equal(method.state_dict()[name], saved[name]) for name in saved)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(smoke_run, tmp_path):
+    run = copied(smoke_run, tmp_path / "run")
+    path = run / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:10_000])
+    with pytest.raises(ValueError, match=f"readable checkpoint.*{path}"):
+        trained_method(run)
+
+
+def test_a_checkpoint_of_another_network_is_refused(smoke_run):
+    cfg = run_config(smoke_run)
+    cfg.network.channels = [8, 24]
+    with pytest.raises(ValueError, match="expected the weights of clinfuse, got others"):
+        trained_method(smoke_run, cfg)
+
+
+def test_a_frozen_lesion_head_comes_from_its_own_run(phantoms, tmp_path):
+    head = phantoms.method("lesion_head")
+    folder = tmp_path / "head"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "checkpoints").mkdir()
+    cfg = phantoms.config("experiment=smoke", "method=lesion_head")
+    cfg.name, cfg.method_name = str(cfg.name), str(cfg.method_name)
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    torch.save({"state_dict": head.state_dict()}, folder / "checkpoints" / "last.ckpt")
+    method = build_method(phantoms.config("experiment=smoke", f"lesion_head={folder}"))
+    loaded = method.lesion_head.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in head.state_dict().items())
+    assert not any(p.requires_grad for p in method.lesion_head.parameters())
+    assert any(p.requires_grad for p in method.network.parameters())
+
+
+def test_a_run_can_be_sampled_with_another_preset_and_other_guidance(smoke_run, phantoms):
+    saved = run_config(smoke_run)
+    asked = phantoms.config("preset=bone_tumor", "++guidance.eta=0.3", name="evaluate")
+    other = with_other_guidance(saved, asked)
+    assert (other.guidance.alpha, other.guidance.beta, other.guidance.eta) == (0.5, 2.0, 0.3)
+    assert other.preset == "bone_tumor"
+    assert other.guidance.eta_u == saved.guidance.eta_u
+    unchanged = with_other_guidance(saved, phantoms.config(name="evaluate"))
+    assert unchanged.guidance == saved.guidance and unchanged.preset == "stroke"
+
+
+def test_guidance_that_does_not_exist_is_refused_with_what_does(smoke_run, phantoms):
+    asked = phantoms.config("++guidance.etta=0.3", name="evaluate")
+    with pytest.raises(ValueError, match=r"guidance settings of .*'eta_u'.*got \['etta'\]"):
+        with_other_guidance(run_config(smoke_run), asked)
+
+
+@pytest.mark.parametrize(
+    "overrides, made",
+    [
+        ([], False), (["data=phantom"], True), (["data.num_workers=0"], True),
+        (["+data.foo=1"], True), (["cache_dir=data"], False),
+    ],
+)  # fmt: skip
+def test_it_is_known_whether_the_command_line_chose_the_data(overrides, made, phantoms):
+    phantoms.config(*overrides, name="evaluate")
+    assert choice_was_made("data") == made
+
+
+def test_the_record_of_a_run_is_json_and_names_versions_and_commit():
+    facts = json.loads(json.dumps(run_facts()))
+    assert facts["torch"] == torch.__version__
+    assert {"clinfuse", "lightning", "monai", "python", "processor", "commit"} <= facts.keys()
+    assert commit() == "unknown" or int(commit().split()[0], 16) >= 0
