@@ -59,6 +59,8 @@ def test_defaults_are_those_that_the_method_states(phantoms):
     assert cfg.method.members == 5 and cfg.method.parameterisation == "v"
     assert cfg.trainer.gradient_clip_val == 1.0 and cfg.trainer.inference_mode is False
     assert cfg.optimizer._target_ == "torch.optim.AdamW" and cfg.optimizer.lr == 1e-4
+    paper = phantoms.config("guidance=paper").guidance
+    assert 0.1 <= paper.eta <= 0.2 and paper.eta_u == 0.05
     jitter = phantoms.config("data=studies", "data.root=anywhere").data.jitter
     assert (jitter.max_mm, jitter.max_deg, jitter.probability) == (2.0, 2.0, 0.5)
 
