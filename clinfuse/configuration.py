@@ -157,10 +157,11 @@ def with_other_guidance(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: a setting that guidance does not have.
     """
-    unknown = sorted(set(cfg.guidance) - set(saved.guidance))
+    asked = {str(name): value for name, value in cfg.guidance.items() if value is not None}
+    unknown = sorted(set(asked) - {str(name) for name in saved.guidance})
     if unknown:
         raise ValueError(f"expected guidance settings of {sorted(saved.guidance)}, got {unknown}")
-    merged = OmegaConf.merge(saved, {"guidance": cfg.guidance})
+    merged = OmegaConf.merge(saved, {"guidance": asked})
     assert isinstance(merged, DictConfig)
     if cfg.preset:
         merged.preset = cfg.preset

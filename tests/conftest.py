@@ -85,19 +85,22 @@ class Phantoms:
     """The smoke experiment's heads on disk, made once a session, and configurations of them."""
 
     cache_dir: Path
+    smoke: tuple[str, ...] = SMOKE
+    run: tuple[str, ...] = RUN
 
     def config(
         self, *overrides: str, name: str = "train", folder: Path | None = None
     ) -> DictConfig:
         """What the entry point ``name`` would get for these overrides, run in ``folder``.
 
-        Hydra's own part is set for the process, as ``hydra.main`` does it.
+        Hydra's own part is set for the process and its folder made, as ``hydra.main`` does it.
         """
         from clinfuse.configuration import CONFIG_PATH, register_resolvers
 
         register_resolvers()
         task = [f"cache_dir={self.cache_dir}", *overrides]
         folder = self.cache_dir / "unused" if folder is None else folder
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         with initialize_config_dir(config_dir=CONFIG_PATH, version_base="1.3"):
             output = f"hydra.runtime.output_dir={folder}"
             cfg = compose(name, [*task, output], return_hydra_config=True)

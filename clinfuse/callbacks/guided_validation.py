@@ -50,6 +50,10 @@ class GuidedValidation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         fused, spread = summarise(outputs)
+        if not fused.isfinite().all():  # a NaN would pass for an undefined score
+            raise ValueError(
+                f"expected a finite fused volume, got NaN or inf in {batch.case_id[0]}"
+            )
         mri, ct, roi = batch.truth()
         brain, bone = roi[:, 0:1], roi[:, 1:2]
         spacing_mm = batch.spacing_mm

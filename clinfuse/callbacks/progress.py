@@ -34,7 +34,7 @@ class TrainingProgress(RichProgressBar):
             self.progress.update(self.train_progress_bar_id, description=text)
 
 
-def headline(step: int, steps: float, seconds_per_step: float) -> str:
+def headline(step: int, steps: int | float, seconds_per_step: float) -> str:
     """``Step 450/2400, 12 min left``; of a training without an end, the step alone."""
     if steps == float("inf"):
         return f"Step {step}"

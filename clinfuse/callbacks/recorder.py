@@ -9,6 +9,7 @@ from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from clinfuse.functional.surface import NO_SURFACE_MM
 from clinfuse.metrics.suite import Row, case_metrics
 from clinfuse.reporting.figures import save_figures
 from clinfuse.reporting.html import write_report
@@ -73,6 +74,8 @@ class CaseRecorder(Callback):
     ) -> None:
         if self.mask_source == "none":
             batch.roi = torch.cat([batch.roi[:, :2], torch.zeros_like(batch.roi[:, 2:])], 1)
+            if batch.lesion_distance_mm is not None:
+                batch.lesion_distance_mm = torch.full_like(batch.lesion_distance_mm, NO_SURFACE_MM)
 
     def on_test_batch_end(
         self,

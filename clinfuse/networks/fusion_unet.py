@@ -24,7 +24,7 @@ class Condition:
     """
 
     features: Float[Tensor, "b c *dhw"]
-    context: Float[Tensor, "b tokens c"] | None
+    context: Float[Tensor, "b tokens k"] | None
     shape: tuple[int, ...]
 
     def repeat(self, times: int) -> "Condition":

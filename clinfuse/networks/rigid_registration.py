@@ -153,7 +153,7 @@ def gauss_newton(
             weighted = columns * weight.flatten(1)[:, None]
             normal = weighted @ columns.mT
             right = (weighted @ residual.flatten(1)[..., None])[..., 0]
-            pull = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1) / prior_mm**2
+            pull = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1) / prior_mm**2 + 1e-6
             prior = pull[:, None, None] * torch.eye(normal.shape[-1], device=normal.device)
             xi = torch.linalg.solve(normal + prior, right)
             motion = motion @ rigid_matrix(xi[:, n:] / lever_mm, xi[:, :n])
