@@ -65,8 +65,10 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.test:
         for recorder in (c for c in trainer.callbacks if isinstance(c, CaseRecorder)):
             recorder.facts = report_facts(cfg, facts)
+            recorder.lesion_head = getattr(method, "lesion_head", None)
         trainer.test(method, datamodule=data, verbose=False)
-        print(f"report: {folder / 'report.html'}")
+        if (folder / "report.html").exists():
+            print(f"report: {folder / 'report.html'}")
     return None if objective is None else float(objective)
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from clinfuse.data.splits import read_splits
 from clinfuse.train import main
 
 TRAINING = ("test=false", "callbacks.report=null", "callbacks.progress=null")
-"""A run of ``RUN`` that trains as any other and leaves the pictures out."""
+"""A run of ``phantoms.run`` that trains as any other and leaves the pictures out."""
 
 KILLER = """
 import os, pathlib, signal
@@ -31,14 +32,6 @@ class KillAt(Callback):
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-def run(phantoms, folder, *overrides):
-    """The entry point in this process; returns what it returns."""
-    from conftest import RUN
-
-    (folder / ".hydra").mkdir(parents=True)
-    return main(phantoms.config(*RUN, *overrides, folder=folder))
 
 
 def checkpoint(folder):
@@ -101,8 +94,6 @@ def test_a_run_leaves_everything_that_it_takes_to_repeat_and_to_judge_it(smoke_r
 
 
 def test_the_saved_configuration_rebuilds_the_run_without_hydra(smoke_run):
-    from omegaconf import OmegaConf
-
     saved = OmegaConf.load(smoke_run / ".hydra" / "config.yaml")
     assert (saved.name, saved.method_name, saved.preset) == ("smoke", "clinfuse", "stroke")
     assert saved.resume is None
@@ -112,7 +103,7 @@ def test_the_saved_configuration_rebuilds_the_run_without_hydra(smoke_run):
 
 def test_the_same_seed_gives_the_same_weights_and_losses_bit_for_bit(smoke_run, phantoms, tmp_path):
     again = tmp_path / "again"
-    run(phantoms, again, *TRAINING)
+    main(phantoms.config(*phantoms.run, *TRAINING, folder=again))
     first, second = checkpoint(smoke_run), checkpoint(again)
     assert second["global_step"] == 12
     assert_identical(first["state_dict"], second["state_dict"])
@@ -120,14 +111,12 @@ def test_the_same_seed_gives_the_same_weights_and_losses_bit_for_bit(smoke_run, 
 
 
 def test_a_run_killed_in_an_epoch_and_resumed_ends_as_if_nothing_had_happened(
-    smoke_run, entry_point, tmp_path
+    smoke_run, entry_point, phantoms, tmp_path
 ):
-    from conftest import RUN
-
     (tmp_path / "killer.py").write_text(KILLER)
     folder, cache = tmp_path / "run", f"cache_dir={smoke_run.parent / 'smoke_cache'}"
     killed = entry_point(
-        "clinfuse.train", *RUN, *TRAINING, cache, f"hydra.run.dir={folder}",
+        "clinfuse.train", *phantoms.run, *TRAINING, cache, f"hydra.run.dir={folder}",
         "+callbacks.kill._target_=killer.KillAt", "+callbacks.kill.step=6",
         f"+callbacks.kill.marker={tmp_path / 'killed'}",
         PYTHONPATH=str(tmp_path),
@@ -162,23 +151,24 @@ def test_a_finished_run_can_be_resumed_for_more_epochs_but_not_as_another_method
 
 
 def test_a_rule_has_nothing_to_train_and_is_scored_all_the_same(phantoms, tmp_path):
-    from conftest import SMOKE
-
     folder = tmp_path / "average"
-    (folder / ".hydra").mkdir(parents=True)
-    main(phantoms.config(*SMOKE, "method=average", "callbacks.report.pictures=0", folder=folder))
+    main(
+        phantoms.config(
+            *phantoms.smoke, "method=average", "+callbacks.report.pictures=0", folder=folder
+        )
+    )
     assert set(pd.read_csv(folder / "cases.csv")["method"]) == {"average"}
     assert not (folder / "checkpoints").exists()
 
 
 def test_a_lesion_head_is_trained_by_the_same_command_and_then_guides(phantoms, tmp_path):
-    from conftest import SMOKE
-
     head, folder = tmp_path / "head", tmp_path / "clinfuse"
-    (head / ".hydra").mkdir(parents=True)
-    main(phantoms.config(*SMOKE, "method=lesion_head", "trainer.max_epochs=2", folder=head))
+    main(
+        phantoms.config(*phantoms.smoke, "method=lesion_head", "trainer.max_epochs=2", folder=head)
+    )
     assert (head / "checkpoints" / "last.ckpt").is_file()
-    run(phantoms, folder, f"lesion_head={head}", "trainer.max_epochs=1", "callbacks.validation=null")
+    overrides = (f"lesion_head={head}", "trainer.max_epochs=1", "callbacks.validation=null")
+    main(phantoms.config(*phantoms.run, *overrides, folder=folder))
     rows = pd.read_csv(folder / "cases.csv")
     assert {"dice", "nsd", "hd95"} <= set(rows[rows["roi"] == "lesion"]["metric"])
     frozen, used = checkpoint(head)["state_dict"], checkpoint(folder)["state_dict"]
@@ -187,12 +177,9 @@ def test_a_lesion_head_is_trained_by_the_same_command_and_then_guides(phantoms, 
 
 
 def test_the_objective_of_a_sweep_is_the_last_validation_score(phantoms, tmp_path):
-    from conftest import SMOKE
-
     folder = tmp_path / "run"
-    (folder / ".hydra").mkdir(parents=True)
     overrides = ("method=deterministic_unet", "trainer.max_epochs=2", *TRAINING)
-    objective = main(phantoms.config(*SMOKE, *overrides, folder=folder))
+    objective = main(phantoms.config(*phantoms.smoke, *overrides, folder=folder))
     with (folder / "metrics.csv").open(newline="") as file:
         logged = [row["val/bone_psnr"] for row in csv.DictReader(file) if row["val/bone_psnr"]]
     assert objective == pytest.approx(float(logged[-1]), rel=1e-5)
@@ -257,7 +244,6 @@ def test_a_bad_study_is_refused_before_anything_is_trained(fault, phantoms, tmp_
     shutil.copytree(phantoms.root, cohort)
     case = read_splits(cohort)["train"][0]
     spoil(cohort / case)
-    (folder / ".hydra").mkdir(parents=True)
     cfg = phantoms.config(
         "data=studies", f"data.root={cohort}", "network=tiny", "logger=csv", folder=folder
     )
@@ -268,7 +254,6 @@ def test_a_bad_study_is_refused_before_anything_is_trained(fault, phantoms, tmp_
 
 def test_a_cohort_that_is_not_there_is_named(phantoms, tmp_path, capsys):
     cfg = phantoms.config("data=studies", f"data.root={tmp_path / 'nowhere'}", folder=tmp_path)
-    (tmp_path / ".hydra").mkdir()
     assert str(tmp_path / "nowhere") in refusal(cfg, capsys)
 
 
@@ -276,7 +261,6 @@ def test_phantoms_are_not_written_among_a_users_own_studies(phantoms, tmp_path, 
     own = tmp_path / "patients"
     shutil.copytree(phantoms.root / "case_000", own / "patient_1")
     before = sorted(path for path in own.rglob("*"))
-    (tmp_path / "run" / ".hydra").mkdir(parents=True)
     cfg = phantoms.config("experiment=smoke", f"data.root={own}", folder=tmp_path / "run")
     assert str(own) in refusal(cfg, capsys)
     assert sorted(path for path in own.rglob("*")) == before

@@ -49,6 +49,8 @@ class GuidedValidation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if outputs is None:  # no fusion: the lesion head
+            return
         fused, spread = summarise(outputs)
         if not fused.isfinite().all():  # a NaN would pass for an undefined score
             raise ValueError(

@@ -86,6 +86,8 @@ class CaseRecorder(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if outputs is None:  # no fusion: the lesion head
+            return
         amplitude_mm = trainer.datamodule.misregistration_mm[dataloader_idx]  # type: ignore[attr-defined]
         fused, spread = summarise(outputs)
         probability = None if self.lesion_head is None else self.lesion_head(fused).float()

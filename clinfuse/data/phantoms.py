@@ -215,6 +215,11 @@ def write_cohort(
 def _claim(folder: Path, record: dict[str, Any]) -> None:
     path = folder / "cohort.json"
     if not path.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"expected an empty folder or a phantom cohort, got files of others in {folder}; "
+                "for studies of your own say data=studies"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(path, record)
         return
