@@ -67,18 +67,18 @@ def main(cfg: DictConfig) -> None:
         enable_progress_bar=False,
         _convert_="all",
     )
-    for name, preset, method in methods:
-        recorder.method, recorder.preset = name, preset
+    for name, preset, seed, method in methods:
+        recorder.method, recorder.preset, recorder.seed = name, preset, seed
         print(f"scoring {name}", flush=True)
         trainer.test(method, datamodule=data, verbose=False)
     print(f"report: {recorder.write()}")
 
 
-def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """Name, preset and method of everything to score: runs, then ``method``, then baselines."""
+def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str, int, Any]]:
+    """Name, preset, seed and method of everything to score: runs, then ``method``, then baselines."""
     for folder in runs:
         saved = with_other_guidance(run_config(folder), cfg)
-        yield saved.method_name, saved.preset, trained_method(folder, saved)
+        yield saved.method_name, saved.preset, saved.seed, trained_method(folder, saved)
     names = [HydraConfig.get().runtime.choices.get("method"), *cfg.baselines]
     for name in (name for name in names if name):
         method = rule(name)
@@ -86,7 +86,7 @@ def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str,
             raise ValueError(
                 f"expected a method without weights, got {name}: name its run folder, run="
             )
-        yield name, cfg.preset or "default", method
+        yield name, cfg.preset or "default", cfg.seed, method
 
 
 def rule(name: str) -> Any:

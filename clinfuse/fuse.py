@@ -6,7 +6,7 @@ import hydra
 import lightning
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from clinfuse.callbacks.recorder import case_view, summarise
 from clinfuse.configuration import (
@@ -33,6 +33,10 @@ register_resolvers()
 def main(cfg: DictConfig) -> None:
     """Write fused.nii.gz and uncertainty.nii.gz on the MRI's grid, and report.html."""
     quiet_libraries()
+    missing = [name for name in ("run", "mri", "ct", "out") if OmegaConf.is_missing(cfg, name)]
+    if missing:
+        asked = " ".join(f"{name}=..." for name in missing)
+        raise ValueError(f"expected run, mri, ct and out on the command line, missing {asked}")
     saved = with_other_guidance(run_config(cfg.run), cfg)
     study = read_study(cfg, saved)
     method = trained_method(cfg.run, saved)

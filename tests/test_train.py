@@ -173,7 +173,8 @@ def test_a_lesion_head_is_trained_by_the_same_command_and_then_guides(phantoms, 
     assert {"dice", "nsd", "hd95"} <= set(rows[rows["roi"] == "lesion"]["metric"])
     frozen, used = checkpoint(head)["state_dict"], checkpoint(folder)["state_dict"]
     for name, weight in frozen.items():
-        assert torch.equal(used[f"lesion_head.{name}"], weight)
+        # averaging a constant rounds: 0.995 a + 0.005 a is not quite a
+        torch.testing.assert_close(used[f"lesion_head.{name}"], weight, rtol=1e-5, atol=1e-7)
 
 
 def test_the_objective_of_a_sweep_is_the_last_validation_score(phantoms, tmp_path):

@@ -1,0 +1,145 @@
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from clinfuse.evaluate import data_of, main, rule
+from clinfuse.functional.psnr import psnr
+from clinfuse.methods.rules import Maximum, Weighted
+
+
+@pytest.fixture(scope="module")
+def evaluated(smoke_run, phantoms, tmp_path_factory):
+    """A run, a sister run of another seed and two rules, scored together at three amplitudes."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    sister = folder / "sister"
+    shutil.copytree(smoke_run, sister)
+    saved = OmegaConf.load(sister / ".hydra" / "config.yaml")
+    saved.seed = 7
+    OmegaConf.save(saved, sister / ".hydra" / "config.yaml")
+    overrides = (
+        f"run=[{sister},{smoke_run}]", "baselines=[average,maximum]", "misregistration_mm=[0,2,4]",
+    )  # fmt: skip
+    main(phantoms.config(*overrides, name="evaluate", folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(evaluated):
+    return pd.read_csv(evaluated / "cases.csv")
+
+
+def test_one_table_holds_every_method_at_every_amplitude(evaluated, rows):
+    assert set(rows["method"]) == {"clinfuse", "average", "maximum"}
+    assert set(rows["mask_source"]) == {"expert"}
+    for _, scores in rows.groupby("method"):
+        assert set(scores["misregistration_mm"]) == {0.0, 2.0, 4.0}
+    measured = rows[rows["metric"] != "spread_error_correlation"]
+    key = ["method", "seed", "misregistration_mm", "case_id"]
+    assert set(measured.groupby(key).size()) == {7}
+    assert (evaluated / "report.html").is_file()
+    assert (evaluated / "figures" / "robustness.png").is_file()
+
+
+def test_runs_of_two_seeds_both_count(rows):
+    assert set(rows[rows["method"] == "clinfuse"]["seed"]) == {0, 7}
+
+
+def test_a_run_keeps_its_preset_and_its_number_of_steps(rows):
+    of_run = rows[rows["method"] == "clinfuse"]
+    assert set(of_run["preset"]) == {"stroke"} and set(of_run["steps"]) == {2}
+
+
+@pytest.mark.parametrize("name, method", [("average", Weighted(0.5)), ("maximum", Maximum())])
+def test_every_method_is_scored_on_the_same_moved_cases(name, method, rows, smoke_run, phantoms):
+    asked = ("misregistration_mm=[0,2,4]", f"run={smoke_run}")
+    data = data_of(phantoms.config(*asked, name="evaluate"), [str(smoke_run)])
+    data.setup("test")
+    chosen = rows.query(f"method == '{name}' and roi == 'bone' and metric == 'psnr'")
+    for amplitude in (0.0, 2.0, 4.0):
+        (batch,) = data.test_batches(amplitude)
+        expected = psnr(method.fuse(batch), batch.clean_ct, batch.clean_roi[:, 1:2]).item()
+        (got,) = chosen.query(f"misregistration_mm == {amplitude}")["value"]
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_scores_at_zero_millimetres_are_those_of_training(rows, smoke_run):
+    trained = pd.read_csv(smoke_run / "cases.csv")
+    key = ["case_id", "method", "misregistration_mm", "roi", "metric", "seed"]
+    both = rows.merge(trained, on=key, suffixes=("", "_then"))
+    assert len(both) == len(trained)
+    # one process sampled with averaged weights in memory, the other read them: not bit for bit
+    assert both["value"].to_numpy() == pytest.approx(both["value_then"].to_numpy(), rel=1e-3)
+
+
+def test_a_rule_is_scored_on_any_data_without_a_run(phantoms, tmp_path):
+    overrides = (
+        "method=mask_composite", "data=studies", f"data.root={phantoms.root}", "pictures=0",
+        "misregistration_mm=[1]", "mask_source=none", "preset=bone_tumor",
+    )  # fmt: skip
+    main(phantoms.config(*overrides, name="evaluate", folder=tmp_path))
+    rows = pd.read_csv(tmp_path / "cases.csv")
+    assert set(rows["method"]) == {"mask_composite"} and set(rows["mask_source"]) == {"none"}
+    assert set(rows["preset"]) == {"bone_tumor"} and set(rows["misregistration_mm"]) == {1.0}
+
+
+def test_the_configured_rules_are_built_by_name_alone():
+    assert isinstance(rule("maximum"), Maximum) and rule("weighted").mri_weight == 0.7
+
+
+# Bad input.
+
+
+def refusal(phantoms, folder, capsys, *overrides):
+    with pytest.raises(SystemExit) as exit_:
+        main(phantoms.config(*overrides, name="evaluate", folder=folder))
+    assert exit_.value.code == 1
+    sentence = capsys.readouterr().err.strip().splitlines()[0]
+    assert sentence.startswith("clinfuse: expected ")
+    assert {path.name for path in folder.iterdir()} == {".hydra"}
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ([], "run=RUN_FOLDER, method=NAME or baselines="),
+        (["run=/no/such/run"], "found none in /no/such/run"),
+        (["baselines=[avarage]"], "method of average.*got 'avarage'"),
+        (["baselines=[clinfuse]"], "without weights, got clinfuse: name its run folder, run="),
+        (["method=deterministic_unet"], "without weights, got deterministic_unet"),
+        (["method=average", "data=studies", "data.root=HEADS", "mask_source=oracle"],
+         "mask_source expert or none, got 'oracle'"),
+        (["method=average", "data=studies", "data.root=/no/such/data"], "folder.*/no/such/data"),
+        (["method=average", "data=studies", "data.root=HEADS", "lesion_head=/no/such/head"],
+         "found none in /no/such/head"),
+    ],
+    ids=["nothing", "no_run", "misspelt", "untrained", "untrained_method", "mask", "data", "head"],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_refused_in_a_sentence(
+    overrides, words, phantoms, tmp_path, capsys
+):
+    overrides = [override.replace("HEADS", str(phantoms.root)) for override in overrides]
+    assert re.search(words, refusal(phantoms, tmp_path, capsys, *overrides))
+
+
+def test_a_bad_study_among_the_test_cases_is_named_and_nothing_is_written(
+    phantoms, tmp_path, capsys
+):
+    cohort = tmp_path / "cohort"
+    shutil.copytree(phantoms.root, cohort)
+    case = phantoms.data().splits["test"][0]
+    (cohort / case / "mri.nii.gz").unlink()
+    overrides = ("method=average", "data=studies", f"data.root={cohort}")
+    sentence = refusal(phantoms, tmp_path / "out", capsys, *overrides)
+    assert "mri.nii.gz" in sentence and case in sentence
+
+
+def test_from_the_command_line_too_it_is_one_sentence_and_status_one(entry_point, tmp_path):
+    done = entry_point("clinfuse.evaluate", "run=nowhere", f"hydra.run.dir={tmp_path / 'out'}")
+    assert done.returncode == 1
+    sentence = "clinfuse: expected a run folder with .hydra/config.yaml, found none in nowhere"
+    assert done.stderr.splitlines()[0] == sentence
+    assert "Traceback" not in done.stderr

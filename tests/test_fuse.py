@@ -1,0 +1,192 @@
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+
+from clinfuse.data.phantoms import make_phantom, ras_affine
+from clinfuse.fuse import main
+
+SHAPE, SPACING_MM = (13, 27, 31), (7.0, 6.0, 6.5)
+NAMES = ("mri", "ct", "brain_mask", "bone_mask", "lesion_mask")
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """One head of odd sizes, its files in RAS and again in LAS, in folders of these names."""
+    head = make_phantom(7, 0, SHAPE, SPACING_MM, "adc")
+    arrays = (head.mri, head.ct_hu, head.brain, head.bone, head.lesion)
+    folder = tmp_path_factory.mktemp("patient")
+    for orientation in ("RAS", "LAS"):
+        (folder / orientation).mkdir()
+        for name, array in zip(NAMES, arrays, strict=True):
+            stored = array.astype(np.uint8 if array.dtype == bool else np.float32)
+            image = nib.Nifti1Image(stored.transpose(2, 1, 0), ras_affine(SHAPE, SPACING_MM))
+            target = axcodes2ornt(orientation)
+            image = image.as_reoriented(ornt_transform(io_orientation(image.affine), target))
+            nib.save(image, folder / orientation / f"{name}.nii.gz")
+    return folder
+
+
+def arguments(run, files, out, **instead):
+    paths = {name: files / f"{name}.nii.gz" for name in NAMES} | instead
+    named = {name: path for name, path in paths.items() if path is not None}
+    return [f"run={run}", f"out={out}", *(f"{name}={path}" for name, path in named.items())]
+
+
+@pytest.fixture(scope="module")
+def fused(smoke_run, phantoms, patient, tmp_path_factory):
+    """The patient fused from either orientation."""
+    folder = tmp_path_factory.mktemp("fused")
+    for orientation in ("RAS", "LAS"):
+        overrides = arguments(smoke_run, patient / orientation, folder / orientation)
+        main(phantoms.config(*overrides, name="fuse", folder=folder / "hydra"))
+    return folder
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LAS"])
+def test_results_lie_on_the_grid_that_the_mri_came_on(orientation, fused, patient):
+    mri = nib.load(patient / orientation / "mri.nii.gz")
+    assert {path.name for path in (fused / orientation).iterdir()} == {
+        "fused.nii.gz", "uncertainty.nii.gz", "report.html",
+    }  # fmt: skip
+    for name in ("fused", "uncertainty"):
+        image = nib.load(fused / orientation / f"{name}.nii.gz")
+        assert image.shape == mri.shape == SHAPE[::-1]
+        np.testing.assert_allclose(image.affine, mri.affine)
+        assert "".join(nib.aff2axcodes(image.affine)) == orientation
+        assert np.isfinite(image.get_fdata()).all()
+
+
+def test_the_storage_order_changes_nothing_about_the_patient(fused):
+    for name in ("fused", "uncertainty"):
+        ras, las = (nib.load(fused / o / f"{name}.nii.gz") for o in ("RAS", "LAS"))
+        np.testing.assert_array_equal(nib.as_closest_canonical(las).get_fdata(), ras.get_fdata())
+        assert not np.array_equal(las.get_fdata(), ras.get_fdata())
+
+
+def test_the_fused_volume_is_in_model_space_and_looks_like_the_head(fused, patient):
+    image = nib.load(fused / "RAS" / "fused.nii.gz").get_fdata()
+    assert image.min() >= -1 and image.max() <= 1
+    bone, brain = (
+        nib.load(patient / "RAS" / f"{n}_mask.nii.gz").get_fdata() > 0 for n in ("bone", "brain")
+    )
+    air = ~(bone | brain)
+    assert image[bone].mean() > image[air].mean() + 0.3
+    mri = nib.load(patient / "RAS" / "mri.nii.gz").get_fdata()
+    assert np.corrcoef(image[brain], mri[brain])[0, 1] > 0.5
+
+
+def test_uncertainty_is_a_spread_over_members(fused):
+    spread = nib.load(fused / "RAS" / "uncertainty.nii.gz").get_fdata()
+    assert spread.min() >= 0 and spread.max() > 0
+    assert len(np.unique(spread)) > 1000
+
+
+def test_steps_members_and_guidance_can_be_asked_for_and_masks_left_out(
+    smoke_run, phantoms, patient, tmp_path
+):
+    # 16 slices of air-padded phantom are too coarse to segment: the brain and bone masks stay
+    overrides = arguments(smoke_run, patient / "LAS", tmp_path / "out", lesion_mask=None)
+    overrides += ["members=1", "steps=1", "preset=bone_tumor"]
+    main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
+    spread = nib.load(tmp_path / "out" / "uncertainty.nii.gz").get_fdata()
+    assert (spread == 0).all()  # one member has no spread
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "bone_tumor" in report and "lesion: absent" in report
+
+
+# Bad input.
+
+
+def changed(path, folder, change):
+    image = nib.load(path)
+    array, affine = change(np.asarray(image.dataobj).astype(np.float32), image.affine.copy())
+    nib.save(nib.Nifti1Image(array, affine), folder / path.name)
+    return folder / path.name
+
+
+def shifted(array, affine):
+    affine[1, 3] += 3
+    return array, affine
+
+
+def holed(array, affine):
+    array[2:4, 5, 5] = np.nan
+    return array, affine
+
+
+def cut(path, folder):
+    (folder / path.name).write_bytes(path.read_bytes()[:3000])
+    return folder / path.name
+
+
+FAULTS = {
+    "missing": ("ct", lambda path, _: path.with_name("nothing.nii.gz"), ["nothing.nii.gz"]),
+    "another_grid": (
+        "ct", lambda p, f: changed(p, f, shifted), ["one grid", "affine", "-75.0", "-78.0"],
+    ),
+    "empty_mask": (
+        "brain_mask", lambda p, f: changed(p, f, lambda a, m: (0 * a, m)),
+        ["brain mask", "all-zero"],
+    ),
+    "nan": ("mri", lambda p, f: changed(p, f, holed), ["2 that are NaN", "mri.nii.gz"]),
+    "four_axes": (
+        "mri", lambda p, f: changed(p, f, lambda a, m: (np.stack([a, a], -1), m)),
+        ["3-D", "13, 2)"],
+    ),
+    "truncated": ("ct", cut, ["truncated or corrupt", "ct.nii.gz"]),
+}  # fmt: skip
+
+
+def refusal(phantoms, folder, capsys, overrides):
+    with pytest.raises(SystemExit) as exit_:
+        main(phantoms.config(*overrides, name="fuse", folder=folder / "hydra"))
+    assert exit_.value.code == 1
+    sentence = capsys.readouterr().err.strip().splitlines()[0]
+    assert sentence.startswith("clinfuse: expected ")
+    assert not (folder / "out").exists()
+    return sentence
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_file_is_refused_before_anything_is_written(
+    fault, smoke_run, phantoms, patient, tmp_path, capsys
+):
+    name, spoil, words = FAULTS[fault]
+    spoilt = spoil(patient / "LAS" / f"{name}.nii.gz", tmp_path)
+    overrides = arguments(smoke_run, patient / "LAS", tmp_path / "out", **{name: spoilt})
+    sentence = refusal(phantoms, tmp_path, capsys, overrides)
+    assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize("left_out", ["run", "mri", "ct", "out"])
+def test_what_was_not_named_is_asked_for(left_out, smoke_run, phantoms, patient, tmp_path, capsys):
+    overrides = arguments(smoke_run, patient / "LAS", tmp_path / "out")
+    overrides = [o for o in overrides if not o.startswith(f"{left_out}=")]
+    assert left_out in refusal(phantoms, tmp_path, capsys, overrides)
+
+
+@pytest.mark.parametrize("kept, words", [((), ".hydra/config.yaml"), ((".hydra",), "last.ckpt")])
+def test_a_folder_without_a_trained_run_is_refused(
+    kept, words, smoke_run, phantoms, patient, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in kept:
+        shutil.copytree(smoke_run / name, run / name)
+    overrides = arguments(run, patient / "LAS", tmp_path / "out")
+    sentence = refusal(phantoms, tmp_path, capsys, overrides)
+    assert words in sentence and str(run) in sentence
+
+
+def test_from_the_command_line_a_missing_scan_is_one_sentence(
+    entry_point, smoke_run, patient, tmp_path
+):
+    overrides = arguments(smoke_run, patient / "RAS", tmp_path / "out", mri="nowhere.nii.gz")
+    done = entry_point("clinfuse.fuse", *overrides, f"hydra.run.dir={tmp_path / 'hydra'}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0].startswith("clinfuse: expected a NIfTI file")
+    assert "nowhere.nii.gz" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
