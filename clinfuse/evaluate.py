@@ -75,7 +75,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str, int, Any]]:
-    """Name, preset, seed and method of everything to score: runs, then ``method``, then baselines."""
+    """Name, preset, seed and method of all to score: runs, then ``method``, then baselines."""
     for folder in runs:
         saved = with_other_guidance(run_config(folder), cfg)
         yield saved.method_name, saved.preset, saved.seed, trained_method(folder, saved)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clinfuse.functional.surface import dice
 from clinfuse.methods.base import Optim, staged_optimizer, step_generator
 from clinfuse.methods.objective import reference_of
+from clinfuse.networks.precision import with_safe_convolutions
 from clinfuse.types import FusionBatch
 
 
@@ -40,7 +41,8 @@ class LesionHead(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.network, self.optimizer, self.max_noise = network, optimizer, max_noise
+        self.network = with_safe_convolutions(network)
+        self.optimizer, self.max_noise = optimizer, max_noise
         self.warmup_steps, self.multiple, self.seed = warmup_steps, multiple, seed
         self.objective = DiceCELoss(sigmoid=True, batch=True)
 
