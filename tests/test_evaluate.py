@@ -135,11 +135,3 @@ def test_a_bad_study_among_the_test_cases_is_named_and_nothing_is_written(
     overrides = ("method=average", "data=studies", f"data.root={cohort}")
     sentence = refusal(phantoms, tmp_path / "out", capsys, *overrides)
     assert "mri.nii.gz" in sentence and case in sentence
-
-
-def test_from_the_command_line_too_it_is_one_sentence_and_status_one(entry_point, tmp_path):
-    done = entry_point("clinfuse.evaluate", "run=nowhere", f"hydra.run.dir={tmp_path / 'out'}")
-    assert done.returncode == 1
-    sentence = "clinfuse: expected a run folder with .hydra/config.yaml, found none in nowhere"
-    assert done.stderr.splitlines()[0] == sentence
-    assert "Traceback" not in done.stderr
