@@ -49,10 +49,7 @@ def clean_roi_loss(
     The paper writes I_M and I_C; in training the CT is moved on purpose, and comparing with the
     moved one would teach the network to leave bone where it does not belong.
     """
-    mri = _known(batch.clean_mri, "clean_mri", batch)
-    ct = clean_ct_of(batch)
-    roi = _known(batch.clean_roi, "clean_roi", batch)
-    return roi_loss(loss, fused, batch, mri, ct, roi, lesion_head)
+    return roi_loss(loss, fused, batch, *clean_pair_of(batch), lesion_head)
 
 
 def reference_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
@@ -64,13 +61,19 @@ def reference_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
     return _known(batch.reference, "reference", batch)
 
 
-def clean_ct_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
-    """The registered noise-free CT.
+def clean_pair_of(
+    batch: FusionBatch,
+) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Bool[Tensor, "b r *dhw"]]:
+    """The registered noise-free MRI and CT, and their masks.
 
     Raises:
-        ValueError: if the batch came without one.
+        ValueError: if the batch came without them.
     """
-    return _known(batch.clean_ct, "clean_ct", batch)
+    return (
+        _known(batch.clean_mri, "clean_mri", batch),
+        _known(batch.clean_ct, "clean_ct", batch),
+        _known(batch.clean_roi, "clean_roi", batch),
+    )
 
 
 def _known(tensor: Tensor | None, name: str, batch: FusionBatch) -> Tensor:

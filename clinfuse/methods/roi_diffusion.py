@@ -16,6 +16,7 @@ from clinfuse.diffusion.process import (
     target_for,
     x0_from_prediction,
 )
+from clinfuse.losses.denoising import denoising_loss
 from clinfuse.losses.diffusion import diffusion_loss, noise_level_weight
 from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
@@ -27,9 +28,11 @@ from clinfuse.methods.base import (
     staged_optimizer,
     step_generator,
 )
-from clinfuse.methods.objective import clean_ct_of, clean_roi_loss, reference_of, roi_loss
-from clinfuse.networks.fusion_unet import FusionUNet
-from clinfuse.networks.registered_blend import Anchor
+from clinfuse.methods.objective import clean_pair_of, clean_roi_loss, reference_of, roi_loss
+from clinfuse.networks.fusion_unet import Condition, FusionUNet
+from clinfuse.networks.registered_blend import Anchor, NoAnchor, RegisteredBlend
+from clinfuse.networks.rigid_registration import SynthesisRegistration, move
+from clinfuse.networks.source_denoiser import SourceDenoisers
 from clinfuse.types import Denoiser, FusionBatch
 
 MAX_RESIDUAL = 8.0
@@ -76,15 +79,17 @@ class RoiDiffusion(FusionMethod):
     """Denoise a volume conditioned on MRI, CT and the ROI masks: CLIN-FuseDiff++ (Alg. 1).
 
     What is diffused is the residual r = (F - mu(c)) / s(c) of an anchor (method.md section 3,
-    "Diffusion must earn its place"). Training has three stages: the anchor's registration, the
-    anchor on CTs so registered, the denoiser on what the anchor leaves.
-    The denoiser sees the CT where the anchor puts it, and guidance pulls towards that CT, so that
-    L_ROI does not undo the registration. With ``NoAnchor`` it is plain conditional diffusion.
+    "Diffusion must earn its place"). Training has three stages: what prepares the anchor's sources
+    (their denoisers, the CT's registration), the anchor on sources so prepared, the denoiser on
+    what the anchor leaves.
+    The denoiser sees the sources as the anchor prepares them, and guidance pulls towards those, so
+    that L_ROI undoes neither the registration nor the denoising. With ``NoAnchor`` it is plain
+    conditional diffusion.
 
     Args:
         anchor: maps a batch to an ``Anchor``.
-        network: builds the U-Net that predicts one volume from three (r_t, mu, log s), given its
-            channels of state and output.
+        network: builds the U-Net that predicts one volume from r_t, knowing mu and log s, given
+            its channels of state, knowledge and output.
         loss: L_ROI of Eq. 2 in the training objective.
         reference_loss: what the anchor's mean minimises against the reference, beside L_ROI.
         guidance_loss: L_ROI of Eq. 2 in guidance, with its own fidelity weights.
@@ -95,7 +100,7 @@ class RoiDiffusion(FusionMethod):
         guidance: strengths at sampling.
         weights: of the training objective.
         optimizer: built but for its parameters.
-        shares: of the training steps: for the registration, the anchor and the denoiser.
+        shares: of the training steps: for the anchor's sources, the anchor and the denoiser.
         warmup_steps: of the learning rate, in each of the three stages.
         parameterisation: what the network predicts: v, eps or x_0.
         lesion_head: frozen network from F to lesion probability; None turns gamma off.
@@ -104,7 +109,7 @@ class RoiDiffusion(FusionMethod):
 
     def __init__(
         self,
-        anchor: nn.Module,
+        anchor: RegisteredBlend | NoAnchor,
         network: Callable[..., FusionUNet],
         loss: ClinicalRoiLoss,
         reference_loss: ReferenceLoss,
@@ -126,9 +131,14 @@ class RoiDiffusion(FusionMethod):
         super().__init__()
         if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"expected three shares of training that sum to 1, got {list(shares)}")
+        if shares[0] > 0 and anchor.registration is None and anchor.denoisers is None:
+            raise ValueError(
+                f"expected no share of training for the sources of an anchor that prepares none, "
+                f"got {shares[0]}"
+            )
         self.anchor, self.loss, self.guidance_loss = anchor, loss, guidance_loss
         self.reference_loss = reference_loss
-        self.network = network(state_channels=3, out_channels=1)
+        self.network = network(state_channels=1, known_channels=2, out_channels=1)
         self.register_buffer("alpha_bars", alpha_bars, persistent=False)
         self.levels, self.sampler, self.steps, self.members = levels, sampler, steps, members
         self.guidance, self.weights, self.optimizer = guidance, weights, optimizer
@@ -148,14 +158,14 @@ class RoiDiffusion(FusionMethod):
         k = self.members
         with torch.no_grad():
             anchor = self.anchor(batch)
-            condition = self.network.encode(batch.mri, anchor.ct, anchor.roi).repeat(k)
+            condition = self._encode(anchor).repeat(k)
         anchors = anchor.repeat(k)
         noise = [
             ensemble_noise(mean.expand(k, *mean.shape[1:]), k, case_generator(case, self.seed))
             for mean, case in zip(anchor.mean.split(1), batch.case_id, strict=True)
         ]
         r_0 = self.sampler(
-            self._denoiser(anchors, condition),
+            self._denoiser(condition),
             torch.cat(noise),
             self.levels(self.alpha_bars, self.steps),
             guide=self._guide(batch.repeat(k), anchors),
@@ -163,11 +173,13 @@ class RoiDiffusion(FusionMethod):
         fused = (anchors.mean + anchors.scale * r_0).clamp(-1, 1)
         return rearrange(fused, "(b k) ... -> k b ...", k=k)
 
-    def _denoiser(self, anchor: Anchor, condition: Any) -> Denoiser:
-        fixed = torch.cat([anchor.mean, anchor.scale.log()], 1)
+    def _encode(self, anchor: Anchor) -> Condition:
+        known = torch.cat([anchor.mean, anchor.scale.log()], 1)
+        return self.network.encode(anchor.mri, anchor.ct, anchor.roi, known)
 
+    def _denoiser(self, condition: Condition) -> Denoiser:
         def denoise(x_t: Tensor, alpha_bar_t: Tensor) -> Tensor:
-            prediction = self.network(torch.cat([x_t, fixed], 1), condition, alpha_bar_t).float()
+            prediction = self.network(x_t, condition, alpha_bar_t).float()
             return x0_from_prediction(prediction, x_t, alpha_bar_t, self.parameterisation)
 
         return denoise
@@ -179,7 +191,7 @@ class RoiDiffusion(FusionMethod):
 
         def loss(x0_hat: Tensor) -> Tensor:
             fused = anchor.mean + anchor.scale * x0_hat
-            sources = (batch.mri, anchor.ct, anchor.roi > 0.5)
+            sources = (anchor.mri, anchor.ct, anchor.roi > 0.5)
             return roi_loss(self.guidance_loss, fused, batch, *sources, self.lesion_head)
 
         return roi_guide(
@@ -198,15 +210,15 @@ class RoiDiffusion(FusionMethod):
 
     @property
     def stage_ends(self) -> tuple[int, int, int]:
-        """The training steps at which registration, anchor and denoiser are done."""
+        """The training steps at which sources, anchor and denoiser are done."""
         steps = int(self.trainer.estimated_stepping_batches)
-        registration = round(self.shares[0] * steps)
-        return registration, registration + round(self.shares[1] * steps), steps
+        sources = round(self.shares[0] * steps)
+        return sources, sources + round(self.shares[1] * steps), steps
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
-        registration_end, anchor_end, _ = self.stage_ends
-        if self.global_step < registration_end:
-            losses = self._registration_step(batch)
+        sources_end, anchor_end, _ = self.stage_ends
+        if self.global_step < sources_end:
+            losses = self._sources_step(batch)
         elif self.global_step < anchor_end:
             losses = self._anchor_step(batch)
         else:
@@ -217,11 +229,9 @@ class RoiDiffusion(FusionMethod):
         )
         return losses["loss"]
 
-    def _registration_step(self, batch: FusionBatch) -> dict[str, Tensor]:
-        brain = batch.brain.to(batch.mri.dtype)
-        registration = getattr(self.anchor, "registration")  # noqa: B009
-        guess, log_scale = registration.synthesise(batch.mri, brain)
-        return {"loss": synthesis_loss(guess, log_scale, clean_ct_of(batch)).mean()}
+    def _sources_step(self, batch: FusionBatch) -> dict[str, Tensor]:
+        losses = source_losses(self.anchor.registration, self.anchor.denoisers, batch)
+        return {**losses, "loss": torch.stack(list(losses.values())).sum()}
 
     def _anchor_step(self, batch: FusionBatch) -> dict[str, Tensor]:
         anchor, truth = self.anchor(batch), reference_of(batch)
@@ -248,9 +258,7 @@ class RoiDiffusion(FusionMethod):
         alpha_bar_t = self.alpha_bars[t.to(r_0.device)]
         eps = torch.randn(r_0.shape, generator=generator).to(r_0.device)
         x_t = q_sample(r_0, eps, alpha_bar_t)
-        condition = self.network.encode(batch.mri, anchor.ct, anchor.roi)
-        fixed = torch.cat([anchor.mean, anchor.scale.log()], 1)
-        prediction = self.network(torch.cat([x_t, fixed], 1), condition, alpha_bar_t).float()
+        prediction = self.network(x_t, self._encode(anchor), alpha_bar_t).float()
         target = target_for(self.parameterisation, r_0, eps, alpha_bar_t)
         losses = {"diffusion": diffusion_loss(prediction, target).mean()}
         losses["loss"] = losses["diffusion"]
@@ -263,26 +271,45 @@ class RoiDiffusion(FusionMethod):
         return losses
 
     def configure_optimizers(self) -> Any:
-        registration_end, anchor_end, end = self.stage_ends
-        registration = getattr(self.anchor, "registration", None)
-        first = [] if registration is None else list(registration.parameters())
+        sources_end, anchor_end, end = self.stage_ends
+        prepared = (self.anchor.registration, self.anchor.denoisers)
+        first = [p for part in prepared if part is not None for p in part.parameters()]
         of_first = {id(parameter) for parameter in first}
         rest = [p for p in self.anchor.parameters() if id(p) not in of_first]
         stages = [
-            (first, 0, registration_end),
-            (rest, registration_end, anchor_end),
+            (first, 0, sources_end),
+            (rest, sources_end, anchor_end),
             (list(self.network.parameters()), anchor_end, end),
         ]
         trained = [stage for stage in stages if stage[0]]
         return staged_optimizer(self.optimizer, trained, self.warmup_steps)
 
 
-def synthesis_loss(
-    guess: Float[Tensor, "b 1 *dhw"],
-    log_scale: Float[Tensor, "b 1 *dhw"],
-    clean_ct: Float[Tensor, "b 1 *dhw"],
-) -> Float[Tensor, " b"]:
-    """What trains the guess of the CT: squared error, and the likelihood of its error scale."""
-    error = guess - clean_ct
-    likelihood = gaussian_nll(error.detach(), log_scale)
-    return (10 * error.square() + 0.1 * likelihood).flatten(1).mean(1)
+def source_losses(
+    registration: SynthesisRegistration | None,
+    denoisers: SourceDenoisers | None,
+    batch: FusionBatch,
+) -> dict[str, Float[Tensor, ""]]:
+    """What trains the networks that prepare the anchor's sources, each against a clean twin.
+
+    The registration's guess of the CT has a squared error and the likelihood of its error scale;
+    a denoised source a squared error, in its own region also by itself and as SSIM. The CT is
+    denoised once moved, here by the true motion.
+    """
+    losses = {}
+    clean_mri, clean_ct, roi = clean_pair_of(batch)
+    if registration is not None:
+        guess, log_scale = registration.synthesise(batch.mri, batch.brain.to(batch.mri.dtype))
+        error = guess - clean_ct
+        likelihood = gaussian_nll(error.detach(), log_scale)
+        losses["guess"] = (10 * error.square() + 0.1 * likelihood).mean()
+    if denoisers is not None:
+        assert batch.misregistration is not None
+        ct = move(batch.ct, batch.misregistration, batch.spacing_mm, refine=3).clamp(-1, 1)
+        brain, bone, _ = roi.split(1, 1)
+        for name, denoised, clean, region in (
+            ("denoised_mri", denoisers.mri(batch.mri), clean_mri, brain),
+            ("denoised_ct", denoisers.ct(ct), clean_ct, bone),
+        ):
+            losses[name] = denoising_loss(denoised, clean, region, batch.spacing_mm).mean()
+    return losses

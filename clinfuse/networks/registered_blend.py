@@ -1,7 +1,8 @@
 """The anchor of the diffusion: a registration-aware blend of the sources, and how sure it is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from clinfuse.networks.rigid_registration import (
     gradient_per_mm,
     move,
 )
+from clinfuse.networks.source_denoiser import SourceDenoisers
 from clinfuse.types import FusionBatch
 
 
@@ -24,7 +26,8 @@ class Anchor:
     Attributes:
         mean: mu(c), in model space.
         scale: s(c) > 0, the error of ``mean`` expected at each voxel.
-        ct: the CT where the anchor believes it belongs.
+        mri: the MRI, without the noise that the anchor saw in it.
+        ct: the CT likewise, where the anchor believes it belongs.
         roi: the masks as floats, the CT's own moved with it.
         ct_weight: how much of each voxel comes from the CT, in [0, 1].
         registration: the motion found and the guess it came from; None without registration.
@@ -32,6 +35,7 @@ class Anchor:
 
     mean: Float[Tensor, "b 1 *dhw"]
     scale: Float[Tensor, "b 1 *dhw"]
+    mri: Float[Tensor, "b 1 *dhw"]
     ct: Float[Tensor, "b 1 *dhw"]
     roi: Float[Tensor, "b r *dhw"]
     ct_weight: Float[Tensor, "b 1 *dhw"]
@@ -39,25 +43,27 @@ class Anchor:
 
     def repeat(self, times: int) -> "Anchor":
         """Every case ``times`` times in place (a a b b)."""
-        mean, scale, ct, roi, ct_weight = (
-            t.repeat_interleave(times, 0)
-            for t in (self.mean, self.scale, self.ct, self.roi, self.ct_weight)
-        )
-        return Anchor(mean, scale, ct, roi, ct_weight, self.registration)
+        volumes = ("mean", "scale", "mri", "ct", "roi", "ct_weight")
+        repeated: dict[str, Any] = {
+            n: getattr(self, n).repeat_interleave(times, 0) for n in volumes
+        }
+        return replace(self, **repeated)
 
 
 class RegisteredBlend(nn.Module):
     """mu(c) = w warp(I_C, u) + (1 - w) I_M + d, with an error scale s(c) beside it.
 
     method.md section 3, "The mean as a registration-aware blend". ``registration`` predicts where
-    (u), ``network`` what: the blend weight w, the correction d and log s. The weight starts from
-    the moved bone mask, kept out of the brain mask (which is the MRI's own and does not move), so
-    an untrained blend is the mask composite of the registered sources.
+    (u), ``denoisers`` take the noise out of I_M and the moved I_C, ``network`` predicts what: the
+    blend weight w, the correction d and log s. The weight starts from the moved bone mask, kept
+    out of the brain mask (which is the MRI's own and does not move), so an untrained blend is the
+    mask composite of the registered sources.
 
     Args:
-        network: builds the U-Net that returns w, d and log s, given its channels of state (the
-            registration's guess of the CT and its error scale) and output.
+        network: builds the U-Net that returns w, d and log s, given its channels of state (none),
+            knowledge (the registration's guess of the CT and its error scale) and output.
         registration: the rigid motion that realigns the CT; None takes the CT as it lies.
+        denoisers: of the two sources; None takes them as they are.
         noise_scale: error expected before training where the blend is flat, in model space.
         misplaced_mm: how far edges may be misplaced before training.
         min_scale: lower bound of s, in model space.
@@ -67,47 +73,53 @@ class RegisteredBlend(nn.Module):
     def __init__(
         self,
         network: Callable[..., FusionUNet],
-        registration: SynthesisRegistration | None,
+        registration: SynthesisRegistration | None = None,
+        denoisers: SourceDenoisers | None = None,
         noise_scale: float = 0.03,
         misplaced_mm: float = 0.3,
         min_scale: float = 0.005,
         bone_logit: float = 8.0,
     ) -> None:
         super().__init__()
-        self.network = network(state_channels=0 if registration is None else 2, out_channels=3)
-        self.registration = registration
+        known = 0 if registration is None else 2
+        self.network = network(state_channels=0, known_channels=known, out_channels=3)
+        self.registration, self.denoisers = registration, denoisers
         self.min_scale, self.bone_logit = min_scale, bone_logit
         self.noise_scale, self.misplaced_mm = noise_scale, misplaced_mm
 
     def forward(self, batch: FusionBatch) -> Anchor:
-        roi, ct = batch.roi.to(batch.ct.dtype), batch.ct
+        roi, mri, ct = batch.roi.to(batch.ct.dtype), batch.mri, batch.ct
         brain, bone, lesion = roi.split(1, 1)
-        found, guess = None, None
-        if self.registration is not None:
-            with torch.no_grad():  # trained for itself, and before: ``SynthesisRegistration``
-                found = self.registration(batch.mri, ct, brain, batch.spacing_mm)
-            ct = move(ct, found.motion, batch.spacing_mm, refine=3).clamp(-1, 1)
-            bone = move(bone, found.motion, batch.spacing_mm)
-            guess = torch.cat([found.guess, found.log_scale], 1)
+        found, known = None, None
+        with torch.no_grad():  # the sources are prepared by networks trained for that, and before
+            if self.registration is not None:
+                found = self.registration(mri, ct, brain, batch.spacing_mm)
+                ct = move(ct, found.motion, batch.spacing_mm, refine=3).clamp(-1, 1)
+                bone = move(bone, found.motion, batch.spacing_mm)
+                known = torch.cat([found.guess, found.log_scale], 1)
+            if self.denoisers is not None:
+                mri = self.denoisers.mri(mri).clamp(-1, 1)
+                ct = self.denoisers.ct(ct).clamp(-1, 1)
         roi = torch.cat([brain, bone, lesion], 1)
-        out = self.network(guess, self.network.encode(batch.mri, ct, roi)).float()
+        out = self.network(None, self.network.encode(mri, ct, roi, known)).float()
         weight_logit, correction, log_scale = out.split(1, 1)
         prior = self.bone_logit * (2 * bone - 1 - 2 * brain)
         weight = torch.sigmoid(weight_logit + prior)
-        blend = weight * ct + (1 - weight) * batch.mri
-        mean = leaky_clamp(blend + correction)
-        expected = self._expected_error(weight, ct, batch).detach()
+        mean = leaky_clamp(weight * ct + (1 - weight) * mri + correction)
+        expected = self._expected_error(weight, mri, ct, batch).detach()
         scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
-        return Anchor(mean, scale, ct, roi, weight, found)
+        return Anchor(mean, scale, mri, ct, roi, weight, found)
 
-    def _expected_error(self, weight: Tensor, ct: Tensor, batch: FusionBatch) -> Tensor:
+    def _expected_error(
+        self, weight: Tensor, mri: Tensor, ct: Tensor, batch: FusionBatch
+    ) -> Tensor:
         """What s is before any training: noise, the choice between the sources, misplaced edges.
 
         If a voxel is the CT's with probability w, that choice alone has the variance
         w (1 - w) (I_C - I_M)^2.
         """
-        choice = weight * (1 - weight) * (ct - batch.mri).square()
-        blend = weight * ct + (1 - weight) * batch.mri
+        choice = weight * (1 - weight) * (ct - mri).square()
+        blend = weight * ct + (1 - weight) * mri
         edges = self.misplaced_mm * slope_per_mm(blend, batch.spacing_mm)
         return (self.noise_scale**2 + choice + edges.square()).sqrt()
 
@@ -131,8 +143,17 @@ def leaky_clamp(x: Float[Tensor, "*shape"], slope: float = 0.01) -> Float[Tensor
 class NoAnchor(nn.Module):
     """mu = 0 and s = 1: plain diffusion of F itself, for the comparison with the anchored form."""
 
+    registration = None
+    denoisers = None
+
     def forward(self, batch: FusionBatch) -> Anchor:
         zeros = torch.zeros_like(batch.mri)
         return Anchor(
-            zeros, torch.ones_like(zeros), batch.ct, batch.roi.to(zeros.dtype), zeros, None
+            mean=zeros,
+            scale=torch.ones_like(zeros),
+            mri=batch.mri,
+            ct=batch.ct,
+            roi=batch.roi.to(zeros.dtype),
+            ct_weight=zeros,
+            registration=None,
         )

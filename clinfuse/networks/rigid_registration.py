@@ -52,19 +52,23 @@ class SynthesisRegistration(nn.Module):
         smoothing_mm: standard deviations of the smoothing, coarse to fine.
         iterations: Gauss-Newton steps at each.
         prior_mm: standard deviation of the motion before looking; a weak pull to none.
+        max_mm: a motion of the brain farther than this (root mean square) is not believed, and the
+            CT left where it lies: residual misregistration is millimetres, and a guess after too
+            little training can lead anywhere.
     """
 
     def __init__(
         self,
         spatial_dims: int,
         features: Sequence[int] = (24, 24, 48, 64, 96, 24),
-        smoothing_mm: Sequence[float] = (8.0, 4.0, 2.0),
-        iterations: Sequence[int] = (3, 3, 3),
+        smoothing_mm: Sequence[float] = (8.0, 4.0, 2.0, 1.0),
+        iterations: Sequence[int] = (3, 3, 3, 4),
         prior_mm: float = 4.0,
+        max_mm: float = 12.0,
     ) -> None:
         super().__init__()
         self.smoothing_mm, self.iterations = tuple(smoothing_mm), tuple(iterations)
-        self.prior_mm = prior_mm
+        self.prior_mm, self.max_mm = prior_mm, max_mm
         bands = 2**spatial_dims
         network = BasicUNet(
             spatial_dims=spatial_dims,
@@ -98,6 +102,9 @@ class SynthesisRegistration(nn.Module):
                 self.iterations,
                 self.prior_mm,
             )
+            still = torch.eye(motion.shape[-1], device=motion.device).expand_as(motion)
+            far = registration_error_mm(motion, still, brain, spacing_mm) > self.max_mm
+            motion = torch.where(far[:, None, None], still, motion)
         return Registration(motion, guess, log_scale)
 
     def synthesise(
