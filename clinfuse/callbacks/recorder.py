@@ -171,6 +171,6 @@ def case_view(
 def summarise(
     ensemble: Float[Tensor, "k b 1 *dhw"],
 ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"] | None]:
-    """Mean over the draws, and their standard deviation: None where there is but one."""
+    """Mean over the draws, in model space, and their standard deviation: None for a single one."""
     spread = ensemble.std(0) if len(ensemble) > 1 else None
-    return ensemble.mean(0), spread
+    return ensemble.mean(0).clamp(-1, 1), spread

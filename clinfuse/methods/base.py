@@ -4,6 +4,7 @@ import math
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,28 +66,39 @@ def warmup_cosine(step: int, start: int, end: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(end - start - warmup, 1)))
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Weights trained together, and when.
+
+    Attributes:
+        parameters: the weights.
+        start: first training step.
+        end: the step after the last.
+        learning_rate: relative to the optimizer's.
+    """
+
+    parameters: Sequence[Parameter]
+    start: int
+    end: int
+    learning_rate: float = 1.0
+
+    def factor(self, warmup_steps: int) -> Callable[[int], float]:
+        """Learning-rate factor of a step; the warm-up takes at most a quarter of the stage."""
+        warmup = min(warmup_steps, max((self.end - self.start) // 4, 1))
+        return lambda step: self.learning_rate * warmup_cosine(step, self.start, self.end, warmup)
+
+
 def staged_optimizer(
-    optimizer: Optim,
-    stages: Sequence[tuple[Iterable[Parameter], int, int]],
-    warmup_steps: int,
+    optimizer: Optim, stages: Sequence[Stage], warmup_steps: int
 ) -> dict[str, Any]:
-    """One optimiser over several groups of weights, each trained from step ``start`` to ``end``.
+    """One optimiser over the stages' weights, each trained in its own steps.
 
     Returns:
         What ``LightningModule.configure_optimizers`` may return.
     """
-    groups, factors = [], []
-    for parameters, start, end in stages:
-        groups.append({"params": list(parameters)})
-        warmup = min(warmup_steps, max((end - start) // 4, 1))
-        factors.append(_factor(start, end, warmup))
-    built = optimizer(groups)
-    scheduler = LambdaLR(built, factors)
+    built = optimizer([{"params": list(stage.parameters)} for stage in stages])
+    scheduler = LambdaLR(built, [stage.factor(warmup_steps) for stage in stages])
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _factor(start: int, end: int, warmup: int) -> Callable[[int], float]:
-    return lambda step: warmup_cosine(step, start, end, warmup)
 
 
 def case_generator(case_id: str, seed: int) -> torch.Generator:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
-from clinfuse.methods.base import FusionMethod, Optim, staged_optimizer
+from clinfuse.methods.base import FusionMethod, Optim, Stage, staged_optimizer
 from clinfuse.methods.objective import clean_roi_loss, reference_of
 from clinfuse.networks.fusion_unet import FusionUNet
 from clinfuse.types import FusionBatch
@@ -68,5 +68,5 @@ class DeterministicUNet(FusionMethod):
     def configure_optimizers(self) -> Any:
         end = int(self.trainer.estimated_stepping_batches)
         return staged_optimizer(
-            self.optimizer, [(self.network.parameters(), 0, end)], self.warmup_steps
+            self.optimizer, [Stage(list(self.network.parameters()), 0, end)], self.warmup_steps
         )

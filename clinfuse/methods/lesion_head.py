@@ -9,7 +9,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from clinfuse.functional.surface import dice
-from clinfuse.methods.base import Optim, staged_optimizer, step_generator
+from clinfuse.methods.base import Optim, Stage, staged_optimizer, step_generator
 from clinfuse.methods.objective import reference_of
 from clinfuse.networks.precision import with_safe_convolutions
 from clinfuse.types import FusionBatch
@@ -92,5 +92,5 @@ class LesionHead(LightningModule):
     def configure_optimizers(self) -> Any:
         end = int(self.trainer.estimated_stepping_batches)
         return staged_optimizer(
-            self.optimizer, [(self.network.parameters(), 0, end)], self.warmup_steps
+            self.optimizer, [Stage(list(self.network.parameters()), 0, end)], self.warmup_steps
         )

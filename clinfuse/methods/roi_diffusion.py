@@ -1,5 +1,6 @@
 """CLIN-FuseDiff++: sample what a registration-aware blend leaves open, guided by L_ROI (Alg. 1)."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,11 @@ from clinfuse.losses.denoising import denoising_loss
 from clinfuse.losses.diffusion import diffusion_loss, noise_level_weight
 from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
-from clinfuse.losses.uncertainty import gaussian_nll
+from clinfuse.losses.uncertainty import gaussian_nll, laplace_nll
 from clinfuse.methods.base import (
     FusionMethod,
     Optim,
+    Stage,
     case_generator,
     staged_optimizer,
     step_generator,
@@ -37,6 +39,11 @@ from clinfuse.types import Denoiser, FusionBatch
 
 MAX_RESIDUAL = 8.0
 """Residuals beyond so many error scales are cut before the denoiser learns from them."""
+
+MEAN_ABSOLUTE = (2 / math.pi) ** 0.5
+"""Mean absolute value of a normal variable in units of its standard deviation: s is the latter,
+learned from absolute errors. Squared ones are ruled by the few voxels where an edge went astray,
+which for hundreds of steps hold s several times too large everywhere else."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class LossWeights:
 
     Attributes:
         roi: lambda_roi of Eq. 3.
-        scale: the anchor's Gaussian likelihood, which trains s(c) alone.
+        scale: the anchor's Laplace likelihood, which trains s(c) alone.
     """
 
     roi: float
@@ -101,6 +108,7 @@ class RoiDiffusion(FusionMethod):
         weights: of the training objective.
         optimizer: built but for its parameters.
         shares: of the training steps: for the anchor's sources, the anchor and the denoiser.
+        learning_rates: of the three stages, relative to the optimizer's.
         warmup_steps: of the learning rate, in each of the three stages.
         parameterisation: what the network predicts: v, eps or x_0.
         lesion_head: frozen network from F to lesion probability; None turns gamma off.
@@ -123,6 +131,7 @@ class RoiDiffusion(FusionMethod):
         weights: LossWeights,
         optimizer: Optim,
         shares: Sequence[float],
+        learning_rates: Sequence[float] = (1.0, 1.0, 1.0),
         warmup_steps: int = 50,
         parameterisation: str = "v",
         lesion_head: nn.Module | None = None,
@@ -142,7 +151,8 @@ class RoiDiffusion(FusionMethod):
         self.register_buffer("alpha_bars", alpha_bars, persistent=False)
         self.levels, self.sampler, self.steps, self.members = levels, sampler, steps, members
         self.guidance, self.weights, self.optimizer = guidance, weights, optimizer
-        self.shares, self.warmup_steps = tuple(shares), warmup_steps
+        self.shares, self.learning_rates = tuple(shares), tuple(learning_rates)
+        self.warmup_steps = warmup_steps
         self.parameterisation, self.lesion_head, self.seed = parameterisation, lesion_head, seed
 
     alpha_bars: Tensor
@@ -151,10 +161,14 @@ class RoiDiffusion(FusionMethod):
 
     def fuse(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
         """The predictive mean over the ensemble."""
-        return self.ensemble(batch).mean(0)
+        return self.ensemble(batch).mean(0).clamp(-1, 1)
 
     def ensemble(self, batch: FusionBatch) -> Float[Tensor, "k b 1 *dhw"]:
-        """``members`` samples of F, their noise drawn per case and moment-matched."""
+        """``members`` samples of F, their noise drawn per case and moment-matched.
+
+        They may leave model space by their noise; their mean is clamped. Clamping each would move
+        the mean away from -1 in all the air, which whole-image SSIM sees.
+        """
         k = self.members
         with torch.no_grad():
             anchor = self.anchor(batch)
@@ -170,7 +184,7 @@ class RoiDiffusion(FusionMethod):
             self.levels(self.alpha_bars, self.steps),
             guide=self._guide(batch.repeat(k), anchors),
         )
-        fused = (anchors.mean + anchors.scale * r_0).clamp(-1, 1)
+        fused = anchors.mean + anchors.scale * r_0
         return rearrange(fused, "(b k) ... -> k b ...", k=k)
 
     def _encode(self, anchor: Anchor) -> Condition:
@@ -239,7 +253,7 @@ class RoiDiffusion(FusionMethod):
         losses = {
             "reference": self.reference_loss(anchor.mean, truth, batch.spacing_mm).mean(),
             "roi": clean_roi_loss(self.loss, anchor.mean, batch, self.lesion_head).mean(),
-            "scale": gaussian_nll(error.detach(), anchor.scale.log()).mean(),
+            "scale": laplace_nll(error.detach(), (MEAN_ABSOLUTE * anchor.scale).log()).mean(),
         }
         weights = {"reference": 1.0, **vars(self.weights)}
         losses["loss"] = sum(
@@ -276,12 +290,13 @@ class RoiDiffusion(FusionMethod):
         first = [p for part in prepared if part is not None for p in part.parameters()]
         of_first = {id(parameter) for parameter in first}
         rest = [p for p in self.anchor.parameters() if id(p) not in of_first]
+        rates = self.learning_rates
         stages = [
-            (first, 0, sources_end),
-            (rest, sources_end, anchor_end),
-            (list(self.network.parameters()), anchor_end, end),
+            Stage(first, 0, sources_end, rates[0]),
+            Stage(rest, sources_end, anchor_end, rates[1]),
+            Stage(list(self.network.parameters()), anchor_end, end, rates[2]),
         ]
-        trained = [stage for stage in stages if stage[0]]
+        trained = [stage for stage in stages if stage.parameters]
         return staged_optimizer(self.optimizer, trained, self.warmup_steps)
 
 

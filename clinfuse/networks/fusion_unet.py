@@ -167,7 +167,8 @@ class FusionUNet(nn.Module):
             alpha_bar_t = x.new_ones(len(x))
         out = self.unet(x, noise_angle(alpha_bar_t.float()), context=condition.context)
         out = out + self.past(condition.features)
-        out = haar_idwt(out) if self.haar else out
+        if self.haar:
+            out = haar_idwt(out if self.state_channels else self._unlevelled(out))
         return crop(out, condition.shape)
 
     def _analyse(self, volume: Tensor) -> Tensor:
@@ -183,6 +184,15 @@ class FusionUNet(nn.Module):
         approximation, details = bands[:, :, :1], bands[:, :, 1:]
         mean = approximation * 2 ** (-self.spatial_dims / 2)
         return torch.cat([mean, details * DETAIL_GAIN], 2).flatten(1, 2)
+
+    def _unlevelled(self, out: Tensor) -> Tensor:
+        """Coefficients of images from outputs of one size: the approximation from a local mean.
+
+        A network with a state predicts noise or what is left of it, whose bands are level already.
+        """
+        bands = out.unflatten(1, (self.out_channels, -1))
+        approximation, details = bands[:, :, :1], bands[:, :, 1:]
+        return torch.cat([approximation * 2 ** (self.spatial_dims / 2), details], 2).flatten(1, 2)
 
 
 def noise_angle(alpha_bar_t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -25,7 +25,7 @@ class SourceDenoiser(nn.Module):
         blocks: how many.
     """
 
-    def __init__(self, spatial_dims: int, features: int = 32, blocks: int = 3) -> None:
+    def __init__(self, spatial_dims: int, features: int = 16, blocks: int = 2) -> None:
         super().__init__()
         conv = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
         bands = 2**spatial_dims
@@ -59,7 +59,7 @@ NOISE_SCALE = 0.3
 class SourceDenoisers(nn.Module):
     """A denoiser for the MRI and one for the CT once it is moved, which mends that blur as well."""
 
-    def __init__(self, spatial_dims: int, features: int = 32, blocks: int = 3) -> None:
+    def __init__(self, spatial_dims: int, features: int = 16, blocks: int = 2) -> None:
         super().__init__()
         self.mri = SourceDenoiser(spatial_dims, features, blocks)
         self.ct = SourceDenoiser(spatial_dims, features, blocks)

@@ -11,6 +11,7 @@ from torch import nn
 from clinfuse.configuration import CONFIG_PATH
 from clinfuse.methods.base import (
     FusionMethod,
+    Stage,
     case_generator,
     staged_optimizer,
     step_generator,
@@ -54,7 +55,7 @@ def test_every_method_returns_the_mean_of_its_ensemble_and_leaves_the_batch_alon
     method, batch, untouched = phantoms.method(option).eval(), phantoms.batch(), phantoms.batch()
     members = method.ensemble(batch)
     assert members.shape[1:] == batch.mri.shape
-    torch.testing.assert_close(method.fuse(batch), members.mean(0))
+    torch.testing.assert_close(method.fuse(batch), members.mean(0).clamp(-1, 1))
     assert torch.equal(batch.mri, untouched.mri) and torch.equal(batch.ct, untouched.ct)
     assert torch.equal(batch.roi, untouched.roi)
 
@@ -94,7 +95,7 @@ def test_each_group_of_weights_learns_in_its_own_stage_only():
     first, second = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
     built = staged_optimizer(
         partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5),
-        [([first], 0, 4), ([second], 4, 8)],
+        [Stage([first], 0, 4), Stage([second], 4, 8, learning_rate=0.5)],
         warmup_steps=50,  # longer than a quarter of a stage: cut to that
     )
     optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
@@ -109,7 +110,9 @@ def test_each_group_of_weights_learns_in_its_own_stage_only():
         values.append((first.item(), second.item()))
     cosine = [0.1 * 0.5 * (1 + math.cos(math.pi * k / 3)) for k in range(3)]
     assert [rate for rate, _ in rates] == pytest.approx([0.1, *cosine, 0, 0, 0, 0])
-    assert [rate for _, rate in rates] == pytest.approx([0, 0, 0, 0, 0.1, *cosine])
+    assert [rate for _, rate in rates] == pytest.approx(
+        [0, 0, 0, 0, 0.05, *(0.5 * rate for rate in cosine)]
+    )
     assert all(second == 0 for _, second in values[:4])
     assert len({first for first, _ in values[3:]}) == 1 and values[3][0] != 0
 

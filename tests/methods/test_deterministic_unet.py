@@ -11,9 +11,11 @@ def test_it_is_the_denoisers_network_but_for_the_state_it_does_not_have(phantoms
     regression = phantoms.method("deterministic_unet").network
     denoiser = phantoms.method("clinfuse").network
     first = denoiser.unet.conv_in.conv
-    # x_t, mu and log s in eight Haar bands each, seen by 3 x 3 x 3 voxels of every feature
-    assert count(denoiser) - count(regression) == 3 * 8 * 27 * first.out_channels
-    assert regression.state_channels == 0 and denoiser.state_channels == 3
+    # x_t, mu and log s in eight Haar bands each, seen by 3 x 3 x 3 voxels of every feature, and
+    # mu and log s led past the U-Net to the eight bands of the output
+    assert count(denoiser) - count(regression) == 3 * 8 * 27 * first.out_channels + 2 * 8 * 8
+    assert regression.state_channels == 0 and denoiser.state_channels == 1
+    assert regression.known_channels == 0 and denoiser.known_channels == 2
 
 
 def test_its_loss_is_the_objective_that_every_trained_method_minimises(phantoms):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clinfuse.losses.roi import ClinicalRoiLoss
-from clinfuse.methods.objective import clean_ct_of, clean_roi_loss, reference_of, roi_loss
+from clinfuse.methods.objective import clean_pair_of, clean_roi_loss, reference_of, roi_loss
 
 
 class BrightIsLesion(torch.nn.Module):
@@ -72,6 +72,8 @@ def test_training_without_the_truth_is_refused_by_case(batch, missing):
 
 
 def test_targets_are_those_of_the_batch_or_refused(batch):
-    assert reference_of(batch) is batch.reference and clean_ct_of(batch) is batch.clean_ct
+    assert reference_of(batch) is batch.reference
+    for given, truth in zip(clean_pair_of(batch), batch.truth(), strict=True):
+        assert given is truth
     with pytest.raises(ValueError, match="needs reference"):
         reference_of(replace(batch, reference=None))

@@ -9,7 +9,9 @@ from lightning import Callback
 from clinfuse.data.paired_volumes import collate_batches
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.methods.objective import roi_loss
-from clinfuse.methods.roi_diffusion import synthesis_loss
+from clinfuse.methods.roi_diffusion import source_losses
+from clinfuse.networks.rigid_registration import SynthesisRegistration
+from clinfuse.networks.source_denoiser import SourceDenoisers
 
 
 def sampled(phantoms, *overrides, name="clinfuse", head=None, batch=None, **quick):
@@ -255,24 +257,72 @@ def test_shares_that_are_not_a_division_of_training_are_refused(phantoms, shares
         phantoms.method("clinfuse", f"method.shares={shares}")
 
 
-def test_the_guess_of_the_ct_pays_for_its_error_and_for_a_wrong_scale_of_it():
-    clean = torch.zeros(2, 1, 4, 4, 4)
-    guess = torch.stack([torch.full((1, 4, 4, 4), 0.1), torch.full((1, 4, 4, 4), 0.5)])
-    right, vague = guess.abs().log(), torch.ones_like(guess)
-    loss = synthesis_loss(guess, right, clean)
-    assert loss[1] > loss[0] + 10 * (0.25 - 0.01) - 1e-5
-    assert (synthesis_loss(guess, vague, clean) > loss).all()
+class Knowing(SynthesisRegistration):
+    """A registration whose guess is given."""
+
+    def __init__(self, guess, scale):
+        super().__init__(3, features=(8,) * 6)
+        self.guess, self.log_scale = guess, torch.full_like(guess, scale).log()
+
+    def synthesise(self, mri, brain):
+        return self.guess, self.log_scale
 
 
-def test_a_few_steps_on_one_case_teach_the_guess_of_its_ct(phantoms):
-    registration = phantoms.method("clinfuse").anchor.registration
-    batch = phantoms.batch(0.0)
-    optimizer = torch.optim.AdamW(registration.parameters(), lr=4e-3)
-    errors = []
-    for _ in range(12):
+class Saying(torch.nn.Module):
+    """A denoiser whose answer is given, and that remembers what it saw."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, volume):
+        self.saw = volume
+        return self.answer
+
+
+def saying(mri, ct):
+    denoisers = SourceDenoisers(3)
+    denoisers.mri, denoisers.ct = Saying(mri), Saying(ct)
+    return denoisers
+
+
+def test_the_guess_of_the_ct_pays_for_its_error_and_for_a_wrong_scale_of_it(phantoms):
+    batch = phantoms.batch(2.0)
+
+    def cost(offset, scale):
+        return source_losses(Knowing(batch.clean_ct + offset, scale), None, batch)["guess"].item()
+
+    assert cost(0.5, 0.5) > cost(0.1, 0.1) + 10 * (0.25 - 0.01) - 1e-4
+    assert cost(0.1, 1.0) > cost(0.1, 0.1) and cost(0.1, 0.02) > cost(0.1, 0.1)
+
+
+def test_the_sources_are_compared_with_their_clean_twins_where_they_belong(phantoms):
+    batch = phantoms.batch(4.0)
+    right = saying(batch.clean_mri, batch.clean_ct)
+    losses = source_losses(None, right, batch)
+    assert losses["denoised_mri"] < 1e-4 and losses["denoised_ct"] < 1e-4
+    as_scanned = source_losses(None, saying(batch.clean_mri, batch.ct), batch)
+    assert as_scanned["denoised_ct"] > 0.5
+    where_it_belongs = (right.ct.saw - batch.clean_ct).square().mean()
+    assert where_it_belongs < 0.3 * (batch.ct - batch.clean_ct).square().mean()
+
+
+def test_a_few_steps_on_one_case_teach_what_prepares_the_sources(phantoms):
+    anchor, batch = phantoms.method("clinfuse").anchor, phantoms.batch(0.0, case=2)
+    prepared = [*anchor.registration.parameters(), *anchor.denoisers.parameters()]
+    optimizer = torch.optim.AdamW(prepared, lr=2e-3)
+    history = []
+    for _ in range(24):
         optimizer.zero_grad()
-        guess, log_scale = registration.synthesise(batch.mri, batch.brain.float())
-        synthesis_loss(guess, log_scale, batch.clean_ct).mean().backward()
+        losses = source_losses(anchor.registration, anchor.denoisers, batch)
+        sum(losses.values()).backward()
         optimizer.step()
-        errors.append((guess - batch.clean_ct).square().mean().item())
-    assert errors[-1] < 0.6 * errors[0]
+        history.append({name: value.item() for name, value in losses.items()})
+    assert history[-1]["guess"] < 0.7 * history[0]["guess"]
+    assert history[-1]["denoised_mri"] < 0.9 * history[0]["denoised_mri"]
+    assert history[-1]["denoised_ct"] < 0.9 * history[0]["denoised_ct"]
+
+
+def test_a_share_of_training_for_sources_that_nothing_prepares_is_refused(phantoms):
+    with pytest.raises(InstantiationException, match=r"prepares none, got 0\.4"):
+        phantoms.method("plain_diffusion", "method.shares=[0.4,0.0,0.6]")

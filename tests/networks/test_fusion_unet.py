@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinfuse.diffusion.schedule import cosine
-from clinfuse.networks.fusion_unet import FusionUNet, crop, noise_angle, pad_to_multiple
+from clinfuse.networks.fusion_unet import (
+    DETAIL_GAIN,
+    FusionUNet,
+    crop,
+    noise_angle,
+    pad_to_multiple,
+)
 
 BATCH = 2
 SHAPES = [(5, 7, 9), (8, 4, 12), (1, 3, 2), (13, 10), (1, 1)]
@@ -61,6 +67,31 @@ def test_an_untrained_network_returns_zeros_and_can_still_learn(kind):
     assert (out == 0).all()
     (out - 1).square().mean().backward()
     assert network.unet.out[-1].conv.weight.grad.abs().sum() > 0
+    assert network.past.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("haar", [True, False])
+def test_what_is_known_beforehand_is_read_and_led_past_the_unet(haar):
+    network = unet(known_channels=2, haar=haar)
+    parts, known = sources((5, 7, 9)), torch.randn(BATCH, 2, 5, 7, 9)
+    assert not network(torch.randn(BATCH, 1, 5, 7, 9), network.encode(*parts, known)).any()
+    awake(network)
+    state = torch.randn(BATCH, 1, 5, 7, 9)
+    with torch.no_grad():
+        one, other = (network(state, network.encode(*parts, k)) for k in (known, -known))
+    assert (one - other).abs().max() > 1e-4
+
+
+def test_known_volumes_come_in_with_their_bands_level():
+    """White noise has every band of one size: details come in raised, the approximation lowered."""
+    mri, ct, roi = sources((8, 16, 16))
+    noise = torch.randn_like(mri)
+    bands = unet(encoder_channels=0).encode(noise, ct, roi).features[:, :8]
+    assert bands[:, 0].std() == pytest.approx(8**-0.5, rel=0.1)
+    assert bands[:, 1:].std() == pytest.approx(DETAIL_GAIN, rel=0.1)
+    flat = unet(encoder_channels=0).encode(torch.full_like(mri, 0.7), ct, roi).features[:, :8]
+    torch.testing.assert_close(flat[:, 0], torch.full_like(flat[:, 0], 0.7))
+    torch.testing.assert_close(flat[:, 1:], torch.zeros_like(flat[:, 1:]))
 
 
 @pytest.mark.parametrize("kind", ["haar", "pixel", "cross_attention"])

@@ -6,6 +6,7 @@ import torch
 from clinfuse.networks.fusion_unet import FusionUNet
 from clinfuse.networks.registered_blend import NoAnchor, RegisteredBlend, leaky_clamp
 from clinfuse.networks.rigid_registration import SynthesisRegistration
+from clinfuse.networks.source_denoiser import SourceDenoisers
 
 NETWORK = partial(FusionUNet, spatial_dims=3, channels=(8, 16), encoder_channels=4)
 
@@ -48,14 +49,30 @@ def test_the_scale_stays_above_its_floor_and_starts_larger_at_edges_than_in_air(
     assert blend(batch).scale.max() < 0.1
 
 
-def test_training_reaches_weight_correction_and_scale_but_not_the_registration(phantoms):
-    blend = RegisteredBlend(NETWORK, registration())
+def test_the_blend_is_of_the_denoised_sources_where_they_belong(phantoms):
+    batch, denoisers = phantoms.batch(2.0), SourceDenoisers(3, features=8, blocks=1)
+    as_given = RegisteredBlend(NETWORK, None, denoisers)(batch)
+    assert torch.equal(as_given.mri, batch.mri) and torch.equal(as_given.ct, batch.ct)  # untrained
+    with torch.no_grad():
+        denoisers.mri.linear.bias[0] = 0.3
+        denoisers.ct.linear.bias[0] = -0.3
+    anchor = RegisteredBlend(NETWORK, None, denoisers)(batch)
+    inside = (batch.mri < 0.5) & (batch.ct > -0.5)
+    assert (anchor.mri > batch.mri)[inside].all() and (anchor.ct < batch.ct)[inside].all()
+    assert anchor.mri.abs().max() <= 1 and anchor.ct.abs().max() <= 1
+    sure = (batch.brain & ~batch.bone) & inside
+    torch.testing.assert_close(anchor.mean[sure], anchor.mri[sure], atol=1e-3, rtol=0)
+
+
+def test_training_reaches_weight_correction_and_scale_but_not_what_prepares_sources(phantoms):
+    blend = RegisteredBlend(NETWORK, registration(), SourceDenoisers(3, features=8, blocks=1))
     anchor = blend(phantoms.batch())
     (anchor.mean.sum() + anchor.scale.log().sum()).backward()
     last = blend.network.unet.out[-1].conv.weight.grad
     per_volume = last.flatten(1).abs().amax(1).reshape(3, -1)  # w, d and log s in Haar space
     assert (per_volume.amax(1) > 0).all()
-    assert all(p.grad is None for p in blend.registration.parameters())
+    for prepared in (blend.registration, blend.denoisers):
+        assert all(p.grad is None for p in prepared.parameters())
 
 
 def test_the_leaky_clamp_keeps_model_space_and_a_gradient_beyond_it():
@@ -72,7 +89,7 @@ def test_the_leaky_clamp_keeps_model_space_and_a_gradient_beyond_it():
 def test_a_repeated_anchor_lies_case_by_case(phantoms):
     anchor = RegisteredBlend(NETWORK, registration())(phantoms.batch())
     two = anchor.repeat(2)
-    for name in ("mean", "scale", "ct", "roi", "ct_weight"):
+    for name in ("mean", "scale", "mri", "ct", "roi", "ct_weight"):
         one, both = getattr(anchor, name), getattr(two, name)
         assert torch.equal(both, torch.cat([one, one]))
 
@@ -81,5 +98,6 @@ def test_without_an_anchor_the_mean_is_zero_and_the_scale_one(phantoms):
     batch = phantoms.batch(2.0)
     anchor = NoAnchor()(batch)
     assert (anchor.mean == 0).all() and (anchor.scale == 1).all()
-    assert torch.equal(anchor.ct, batch.ct) and torch.equal(anchor.roi.bool(), batch.roi)
+    assert torch.equal(anchor.mri, batch.mri) and torch.equal(anchor.ct, batch.ct)
+    assert torch.equal(anchor.roi.bool(), batch.roi)
     assert not list(NoAnchor().parameters())

@@ -143,6 +143,25 @@ def test_an_untrained_guess_is_air_but_for_what_random_weights_add():
     torch.testing.assert_close(guess, torch.full_like(guess, -1.0))
 
 
+def test_a_motion_that_is_too_far_to_be_residual_is_not_believed(heads):
+    """The same pair under two limits: found and taken, or found and refused."""
+    ct, brain = heads
+    true = fixed_misregistration("far", 6, 0)
+    moving = moved_by_torchio(ct[0], true, SPACING_MM)[None]
+
+    class Knowing(SynthesisRegistration):
+        def synthesise(self, mri, brain):
+            return ct[:1], torch.full_like(ct[:1], -2.0)
+
+    def motion(max_mm):
+        search = Knowing(3, features=(16,) * 6, max_mm=max_mm)
+        spacing = torch.tensor([SPACING_MM])
+        return search(moving, moving, brain[:1].float(), spacing).motion
+
+    assert error_mm(motion(12.0), true.float()[None], brain[:1]) < 0.3
+    assert torch.equal(motion(5.0), torch.eye(4)[None])
+
+
 def test_the_registration_error_is_what_a_ruler_says():
     spacing_mm, shape = (4.0, 3.0, 2.0), (5, 7, 9)
     still = torch.eye(4)[None]
