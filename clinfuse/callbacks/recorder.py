@@ -171,6 +171,10 @@ def case_view(
 def summarise(
     ensemble: Float[Tensor, "k b 1 *dhw"],
 ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"] | None]:
-    """Mean over the draws, in model space, and their standard deviation: None for a single one."""
-    spread = ensemble.std(0) if len(ensemble) > 1 else None
+    """Mean over the draws, and the standard deviation of the images they are: None for one draw.
+
+    A draw may leave model space by its noise. As an image it is clamped; clamped before their
+    mean is taken, though, all draws would move air up.
+    """
+    spread = ensemble.clamp(-1, 1).std(0) if len(ensemble) > 1 else None
     return ensemble.mean(0).clamp(-1, 1), spread

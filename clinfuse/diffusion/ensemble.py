@@ -10,15 +10,22 @@ from torch import Tensor
 
 from clinfuse.diffusion.process import noise_like
 
+VARIANCE_MATCHED = 4
+"""Members from which on their noise has its second moment matched too."""
+
 
 def ensemble_noise(
     like: Float[Tensor, "bk c *dhw"], members: int, generator: torch.Generator | None = None
 ) -> Float[Tensor, "bk c *dhw"]:
-    """Unit Gaussian noise whose mean over the members of a case is exactly 0.
+    """Unit Gaussian noise whose mean over the members of a case is exactly 0, its variance 1.
 
     Moment matching (antithetic draws, for two members): with K members, draws less their mean,
-    times sqrt(K / (K - 1)). Each member alone is still N(0, I), so each is a fair sample; together
-    they waste nothing on a common offset, and the ensemble mean is less noisy. One member is plain.
+    times sqrt(K / (K - 1)), so that they waste nothing on a common offset and the ensemble mean is
+    less noisy. From ``VARIANCE_MATCHED`` members on, their variance at every voxel is made exactly
+    1 as well (quadratic resampling, Barraquand 1995): the standard deviation of five free draws is
+    off by a third at each voxel, and the ensemble's spread with it. A member alone then is one
+    coordinate of a point on a sphere, for five members nearly bell-shaped; with fewer than
+    ``VARIANCE_MATCHED`` it is exactly N(0, I). One member is plain.
 
     Args:
         like: a tensor whose shape, dtype and device the noise takes.
@@ -27,7 +34,11 @@ def ensemble_noise(
     """
     eps = _by_case(noise_like(like, generator), members)
     if members > 1:
-        eps = (eps - eps.mean(1, keepdim=True)) * (members / (members - 1)) ** 0.5
+        eps = eps - eps.mean(1, keepdim=True)
+        if members < VARIANCE_MATCHED:
+            eps = eps * (members / (members - 1)) ** 0.5
+        else:
+            eps = eps / eps.square().mean(1, keepdim=True).sqrt()
     return rearrange(eps, "b k ... -> (b k) ...")
 
 

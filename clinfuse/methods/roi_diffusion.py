@@ -40,11 +40,6 @@ from clinfuse.types import Denoiser, FusionBatch
 MAX_RESIDUAL = 8.0
 """Residuals beyond so many error scales are cut before the denoiser learns from them."""
 
-MEAN_ABSOLUTE = (2 / math.pi) ** 0.5
-"""Mean absolute value of a normal variable in units of its standard deviation: s is the latter,
-learned from absolute errors. Squared ones are ruled by the few voxels where an edge went astray,
-which for hundreds of steps hold s several times too large everywhere else."""
-
 
 @dataclass(frozen=True)
 class Guidance:
@@ -253,7 +248,7 @@ class RoiDiffusion(FusionMethod):
         losses = {
             "reference": self.reference_loss(anchor.mean, truth, batch.spacing_mm).mean(),
             "roi": clean_roi_loss(self.loss, anchor.mean, batch, self.lesion_head).mean(),
-            "scale": laplace_nll(error.detach(), (MEAN_ABSOLUTE * anchor.scale).log()).mean(),
+            "scale": scale_loss(error.detach(), anchor.scale),
         }
         weights = {"reference": 1.0, **vars(self.weights)}
         losses["loss"] = sum(
@@ -298,6 +293,21 @@ class RoiDiffusion(FusionMethod):
         ]
         trained = [stage for stage in stages if stage.parameters]
         return staged_optimizer(self.optimizer, trained, self.warmup_steps)
+
+
+def scale_loss(
+    error: Float[Tensor, "b 1 *dhw"], scale: Float[Tensor, "b 1 *dhw"]
+) -> Float[Tensor, ""]:
+    """What trains s(c): the Laplace likelihood of the error, each voxel weighted by s itself.
+
+    s is a standard deviation, learned from absolute errors. Squared ones are ruled by the few
+    voxels where an edge went astray, which for hundreds of steps hold s several times too large
+    everywhere else. Without the weight (Seitzer et al. 2022, beta = 1) the many voxels that are
+    nearly right would rule instead, and those where the error is large count for little.
+    """
+    mean_absolute = (2 / math.pi) ** 0.5 * scale  # of a normal variable
+    weight = scale.detach()
+    return (weight * laplace_nll(error, mean_absolute.log())).mean() / weight.mean()
 
 
 def source_losses(

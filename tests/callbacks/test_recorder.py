@@ -201,7 +201,8 @@ def test_a_view_shows_sources_as_given_and_masks_as_they_truly_are(phantoms):
 def test_a_summary_is_mean_and_standard_deviation_and_one_draw_has_no_spread():
     draws = torch.randn(5, 2, 1, 3, 4, 5)
     mean, spread = summarise(draws)
-    expected = draws.sum(0) / 5
-    torch.testing.assert_close(mean, expected.clamp(-1, 1))  # a draw may leave model space
-    torch.testing.assert_close(spread, ((draws - expected).square().sum(0) / 4).sqrt())
+    torch.testing.assert_close(mean, (draws.sum(0) / 5).clamp(-1, 1))
+    images = draws.clamp(-1, 1)  # a draw may leave model space
+    apart = (images - images.mean(0)).square().sum(0) / 4
+    torch.testing.assert_close(spread, apart.sqrt())
     assert summarise(draws[:1])[1] is None

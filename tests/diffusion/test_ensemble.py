@@ -104,3 +104,17 @@ def test_noise_of_an_ensemble_is_a_function_of_its_generator():
     assert torch.equal(first, second)
     plain = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(7))
     assert torch.equal(ensemble_noise(like, 1, torch.Generator().manual_seed(7)), plain)
+
+
+@pytest.mark.parametrize("k", [4, 5, 8])
+def test_from_four_members_on_their_noise_has_mean_zero_and_variance_one_at_every_voxel(k):
+    like = torch.zeros(2 * k, 1, 8, 16, 16)
+    noise = ensemble_noise(like, k, torch.Generator().manual_seed(0)).reshape(2, k, -1)
+    torch.testing.assert_close(noise.mean(1), torch.zeros(2, 2048), atol=1e-5, rtol=0)
+    torch.testing.assert_close(noise.square().mean(1), torch.ones(2, 2048), atol=1e-5, rtol=0)
+    each = noise.flatten(0, 1)
+    assert ((each.std(1) - 1).abs() < 0.06).all()
+    assert each.abs().max() <= (k - 1) ** 0.5 + 1e-4  # a point on a sphere
+    apart = torch.corrcoef(each[:k])
+    expected = torch.eye(k) * (1 + 1 / (k - 1)) - 1 / (k - 1)
+    assert (apart - expected).abs().max() < 0.1
