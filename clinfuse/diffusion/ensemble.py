@@ -42,6 +42,33 @@ def ensemble_noise(
     return rearrange(eps, "b k ... -> (b k) ...")
 
 
+def centred_estimate(
+    x0_hat: Float[Tensor, "bk c *dhw"],
+    x_t: Float[Tensor, "bk c *dhw"],
+    alpha_bar_t: Float[Tensor, " bk"],
+    members: int,
+) -> Float[Tensor, "bk c *dhw"]:
+    """x0_hat with its mean over the members replaced by what a mean-free x_0 would have.
+
+    The residual of a regressed mean has mean zero given the condition, so where the members' x_t
+    share an offset its estimate is sqrt(alpha_bar_t) times their mean, as for x_0 ~ N(0, I); only
+    guidance puts one there. A denoiser's own error in that mean is the same for all members,
+    and would be added to the regression's; about the mean, x0_hat stays the denoiser's.
+
+    Args:
+        x0_hat: the denoiser's estimates.
+        x_t: what they were made from.
+        alpha_bar_t: signal power kept.
+        members: K, at least 2.
+    """
+    of_noise = _by_case(x_t, members).mean(1, keepdim=True)
+    level = _by_case(alpha_bar_t, members)[:, :1].sqrt()
+    by_case = _by_case(x0_hat, members)
+    mean = level.reshape(-1, *[1] * (by_case.ndim - 1)) * of_noise
+    centred = by_case - by_case.mean(1, keepdim=True) + mean
+    return rearrange(centred, "b k ... -> (b k) ...")
+
+
 def ensemble_variance(
     x0_hat: Float[Tensor, "bk c *dhw"], members: int
 ) -> Float[Tensor, "b c *dhw"]:

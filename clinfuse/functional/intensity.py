@@ -102,3 +102,12 @@ def mri_from_model(
     """MRI in its own units again, from the (low, high) that ``mri_to_model`` gave."""
     low, high = limits
     return (mri + 1) / 2 * (high - low) + low
+
+
+def leaky_clamp(x: Float[Tensor, "*shape"], slope: float = 0.01) -> Float[Tensor, "*shape"]:
+    """x within model space [-1, 1], and next to it beyond: air is -1 however noisy the scan of it.
+
+    A hard clamp would have no gradient left for a voxel on its wrong side.
+    """
+    inside = x.clamp(-1, 1)
+    return inside + slope * (x - inside)

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clinfuse.functional.intensity import leaky_clamp
 from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.methods.base import FusionMethod, Optim, Stage, staged_optimizer
@@ -16,6 +17,9 @@ from clinfuse.types import FusionBatch
 
 class DeterministicUNet(FusionMethod):
     """F = network(c), trained against the reference and on L_ROI against the clean registered pair.
+
+    F is kept near model space as the anchor's mean is: air is -1 to the last digit in the metric,
+    which a U-Net that may not overshoot reaches late.
 
     Args:
         network: builds the U-Net that returns F from no state, given its channels of state and
@@ -51,7 +55,7 @@ class DeterministicUNet(FusionMethod):
 
     def _regress(self, batch: FusionBatch) -> Tensor:
         condition = self.network.encode(batch.mri, batch.ct, batch.roi.to(batch.ct.dtype))
-        return self.network(None, condition).float()
+        return leaky_clamp(self.network(None, condition).float())
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
         fused = self._regress(batch)

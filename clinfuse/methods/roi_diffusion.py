@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clinfuse.diffusion.ensemble import ensemble_noise
+from clinfuse.diffusion.ensemble import centred_estimate, ensemble_noise
 from clinfuse.diffusion.guidance import Guide, roi_guide
 from clinfuse.diffusion.process import (
     q_sample,
@@ -106,6 +106,8 @@ class RoiDiffusion(FusionMethod):
         learning_rates: of the three stages, relative to the optimizer's.
         warmup_steps: of the learning rate, in each of the three stages.
         parameterisation: what the network predicts: v, eps or x_0.
+        centred: whether the ensemble's mean follows the anchor and the guidance alone
+            (``centred_estimate``); false lets the denoiser move it.
         lesion_head: frozen network from F to lesion probability; None turns gamma off.
         seed: of the noise, in training and in sampling.
     """
@@ -129,6 +131,7 @@ class RoiDiffusion(FusionMethod):
         learning_rates: Sequence[float] = (1.0, 1.0, 1.0),
         warmup_steps: int = 50,
         parameterisation: str = "v",
+        centred: bool = True,
         lesion_head: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
@@ -148,7 +151,8 @@ class RoiDiffusion(FusionMethod):
         self.guidance, self.weights, self.optimizer = guidance, weights, optimizer
         self.shares, self.learning_rates = tuple(shares), tuple(learning_rates)
         self.warmup_steps = warmup_steps
-        self.parameterisation, self.lesion_head, self.seed = parameterisation, lesion_head, seed
+        self.parameterisation, self.centred = parameterisation, centred
+        self.lesion_head, self.seed = lesion_head, seed
 
     alpha_bars: Tensor
 
@@ -189,7 +193,10 @@ class RoiDiffusion(FusionMethod):
     def _denoiser(self, condition: Condition) -> Denoiser:
         def denoise(x_t: Tensor, alpha_bar_t: Tensor) -> Tensor:
             prediction = self.network(x_t, condition, alpha_bar_t).float()
-            return x0_from_prediction(prediction, x_t, alpha_bar_t, self.parameterisation)
+            x0_hat = x0_from_prediction(prediction, x_t, alpha_bar_t, self.parameterisation)
+            if self.centred and self.members > 1:
+                return centred_estimate(x0_hat, x_t, alpha_bar_t, self.members)
+            return x0_hat
 
         return denoise
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clinfuse.functional.intensity import leaky_clamp
 from clinfuse.networks.fusion_unet import FusionUNet
 from clinfuse.networks.rigid_registration import (
     Registration,
@@ -129,15 +130,6 @@ def slope_per_mm(
 ) -> Float[Tensor, "b 1 *dhw"]:
     """Magnitude of the gradient by central differences, in units a mm."""
     return gradient_per_mm(volume, spacing_mm).square().sum(1, keepdim=True).sqrt()
-
-
-def leaky_clamp(x: Float[Tensor, "*shape"], slope: float = 0.01) -> Float[Tensor, "*shape"]:
-    """x within model space [-1, 1], and next to it beyond: air is -1 however noisy the scan of it.
-
-    A hard clamp would have no gradient left for a voxel on its wrong side.
-    """
-    inside = x.clamp(-1, 1)
-    return inside + slope * (x - inside)
 
 
 class NoAnchor(nn.Module):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinfuse.diffusion.ensemble import (
+    centred_estimate,
     ensemble_noise,
     ensemble_uncertainty,
     ensemble_variance,
@@ -118,3 +119,13 @@ def test_from_four_members_on_their_noise_has_mean_zero_and_variance_one_at_ever
     apart = torch.corrcoef(each[:k])
     expected = torch.eye(k) * (1 + 1 / (k - 1)) - 1 / (k - 1)
     assert (apart - expected).abs().max() < 0.1
+
+
+def test_a_centred_estimate_keeps_the_spread_and_takes_its_mean_from_the_noise():
+    x0_hat, x_t = members_of(cases=2, k=3), members_of(cases=2, k=3).flip(0)
+    alpha_bar_t = torch.tensor([0.25] * 3 + [0.81] * 3, dtype=torch.float64)
+    centred = centred_estimate(x0_hat, x_t, alpha_bar_t, 3)
+    for case, level in ((slice(0, 3), 0.5), (slice(3, 6), 0.9)):
+        torch.testing.assert_close(centred[case].mean(0), level * x_t[case].mean(0))
+        apart = x0_hat[case] - x0_hat[case].mean(0)
+        torch.testing.assert_close(centred[case] - centred[case].mean(0), apart)

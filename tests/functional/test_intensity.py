@@ -8,6 +8,7 @@ from clinfuse.functional.intensity import (
     CT_KNOTS_PIECEWISE,
     ct_from_model,
     ct_to_model,
+    leaky_clamp,
     looks_like_hu,
     mri_from_model,
     mri_to_model,
@@ -100,3 +101,14 @@ def test_mri_that_cannot_be_scaled_is_refused():
         mri_to_model(mri, torch.ones_like(mri, dtype=torch.bool))
     with pytest.raises(ValueError, match="empty"):
         mri_to_model(mri, torch.zeros_like(mri, dtype=torch.bool))
+
+
+def test_the_leaky_clamp_keeps_model_space_and_a_gradient_beyond_it():
+    x = torch.tensor([-3.0, -1.0, -0.2, 0.7, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    y = leaky_clamp(x)
+    torch.testing.assert_close(y, torch.tensor([-1.02, -1.0, -0.2, 0.7, 1.0, 1.01]).double())
+    y.sum().backward()
+    assert (x.grad > 0).all() and x.grad[0] == pytest.approx(0.01)
+    assert torch.autograd.gradcheck(
+        leaky_clamp, torch.tensor([-1.5, 0.3, 1.2]).double().requires_grad_()
+    )

@@ -326,3 +326,20 @@ def test_a_few_steps_on_one_case_teach_what_prepares_the_sources(phantoms):
 def test_a_share_of_training_for_sources_that_nothing_prepares_is_refused(phantoms):
     with pytest.raises(InstantiationException, match=r"prepares none, got 0\.4"):
         phantoms.method("plain_diffusion", "method.shares=[0.4,0.0,0.6]")
+
+
+def test_without_guidance_the_centred_mean_is_the_anchors_and_guidance_moves_it(phantoms):
+    batch = phantoms.batch(2.0, case=7)
+
+    def mean(*overrides):
+        method = phantoms.method("clinfuse", *overrides, members=3).eval()
+        with torch.no_grad():
+            method.network.past.bias.fill_(0.2)  # a denoiser with an error that all members share
+            return method.fuse(batch), method.anchor(batch).mean.clamp(-1, 1)
+
+    off = ("guidance.eta=0.0", "guidance.eta_u=0.0")
+    torch.testing.assert_close(*mean(*off), atol=1e-5, rtol=0)
+    astray, anchored = mean(*off, "method.centred=false")
+    assert (astray - anchored).abs().max() > 1e-3
+    guided, anchored = mean("guidance.eta=0.2")
+    assert (guided - anchored).abs().max() > 1e-3

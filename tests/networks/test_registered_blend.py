@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clinfuse.networks.fusion_unet import FusionUNet
-from clinfuse.networks.registered_blend import NoAnchor, RegisteredBlend, leaky_clamp
+from clinfuse.networks.registered_blend import NoAnchor, RegisteredBlend
 from clinfuse.networks.rigid_registration import SynthesisRegistration
 from clinfuse.networks.source_denoiser import SourceDenoisers
 
@@ -73,17 +73,6 @@ def test_training_reaches_weight_correction_and_scale_but_not_what_prepares_sour
     assert (per_volume.amax(1) > 0).all()
     for prepared in (blend.registration, blend.denoisers):
         assert all(p.grad is None for p in prepared.parameters())
-
-
-def test_the_leaky_clamp_keeps_model_space_and_a_gradient_beyond_it():
-    x = torch.tensor([-3.0, -1.0, -0.2, 0.7, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    y = leaky_clamp(x)
-    torch.testing.assert_close(y, torch.tensor([-1.02, -1.0, -0.2, 0.7, 1.0, 1.01]).double())
-    y.sum().backward()
-    assert (x.grad > 0).all() and x.grad[0] == pytest.approx(0.01)
-    assert torch.autograd.gradcheck(
-        leaky_clamp, torch.tensor([-1.5, 0.3, 1.2]).double().requires_grad_()
-    )
 
 
 def test_a_repeated_anchor_lies_case_by_case(phantoms):
