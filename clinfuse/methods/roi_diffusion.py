@@ -308,8 +308,8 @@ def scale_loss(
     """What trains s(c): the Laplace likelihood of the error, each voxel weighted by s itself.
 
     s is a standard deviation, learned from absolute errors. Squared ones are ruled by the few
-    voxels where an edge went astray, which for hundreds of steps hold s several times too large
-    everywhere else. Without the weight (Seitzer et al. 2022, beta = 1) the many voxels that are
+    voxels where an edge went astray, which in a short training hold s too large everywhere else.
+    Without the weight (Seitzer et al. 2022, beta = 1) the many voxels that are
     nearly right would rule instead, and those where the error is large count for little.
     """
     mean_absolute = (2 / math.pi) ** 0.5 * scale  # of a normal variable

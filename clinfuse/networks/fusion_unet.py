@@ -23,11 +23,13 @@ class Condition:
 
     Attributes:
         features: raw sources, masks and encoder features in the network's own space, padded.
+        past: what goes past the U-Net into its output.
         context: tokens for cross-attention, or None.
         shape: spatial shape of the study before padding.
     """
 
     features: Float[Tensor, "b c *dhw"]
+    past: Float[Tensor, "b o *dhw"]
     context: Float[Tensor, "b tokens k"] | None
     shape: tuple[int, ...]
 
@@ -36,6 +38,7 @@ class Condition:
         context = self.context
         return Condition(
             self.features.repeat_interleave(times, 0),
+            self.past.repeat_interleave(times, 0),
             None if context is None else context.repeat_interleave(times, 0),
             self.shape,
         )
@@ -49,10 +52,9 @@ class FusionUNet(nn.Module):
     orthonormal Haar coefficients of all of them: nothing is lost, every axis is half as long, and
     a step costs about a third. Volumes of any size are padded inside and cropped on return.
 
-    Fine detail is 10 to 50 times fainter than the approximation beside it, and a group norm over
-    both leaves a network little of it to see: a U-Net fed plain coefficients had not begun to
-    denoise after 1000 steps. So known volumes come in with their bands brought to one size, and a
-    1x1 convolution leads them past the U-Net, for what is linear in them.
+    Fine detail is far fainter than the approximation beside it, and a group norm over both leaves
+    a network little of it to see. So known volumes come in with their bands brought to one size,
+    and a 1x1 convolution leads them past the U-Net, for what is linear in them.
 
     Both last convolutions start at zero, so an untrained network returns zeros.
 
@@ -121,7 +123,8 @@ class FusionUNet(nn.Module):
             with_conditioning=cross_attention,
             cross_attention_dim=2 * encoder_channels if cross_attention else None,
         )
-        self.unet = with_safe_convolutions(unet)
+        self.unet = unet
+        with_safe_convolutions(self)
 
     def encode(
         self,
@@ -145,7 +148,8 @@ class FusionUNet(nn.Module):
             if self.cross_attention:
                 tokens = _pool(torch.cat(phi, 1), self.context_stride)
                 context = tokens.flatten(2).transpose(1, 2)
-        return Condition(torch.cat(parts, 1), context, tuple(mri.shape[2:]))
+        features = torch.cat(parts, 1)
+        return Condition(features, self.past(features), context, tuple(mri.shape[2:]))
 
     def forward(
         self,
@@ -166,7 +170,7 @@ class FusionUNet(nn.Module):
         if alpha_bar_t is None:
             alpha_bar_t = x.new_ones(len(x))
         out = self.unet(x, noise_angle(alpha_bar_t.float()), context=condition.context)
-        out = out + self.past(condition.features)
+        out = out + condition.past
         if self.haar:
             out = haar_idwt(out if self.state_channels else self._unlevelled(out))
         return crop(out, condition.shape)

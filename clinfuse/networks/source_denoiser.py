@@ -9,6 +9,10 @@ from torch.nn import functional as F
 
 from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.networks.fusion_unet import DETAIL_GAIN, crop, pad_to_multiple
+from clinfuse.networks.precision import with_safe_convolutions
+
+NOISE_SCALE = 0.3
+"""Size of the noise's coefficients, which the last layer gives in units of it."""
 
 
 class SourceDenoiser(nn.Module):
@@ -39,6 +43,7 @@ class SourceDenoiser(nn.Module):
         gain = torch.full((bands, *[1] * spatial_dims), DETAIL_GAIN)
         gain[0] = bands**-0.5
         self.register_buffer("gain", gain, persistent=False)
+        with_safe_convolutions(self)
 
     gain: Tensor
 
@@ -50,10 +55,6 @@ class SourceDenoiser(nn.Module):
             features = features + block(F.silu(features))
         noise = (self.linear(bands) + NOISE_SCALE * self.last(F.silu(features))).float()
         return volume + crop(haar_idwt(noise), volume.shape[2:])
-
-
-NOISE_SCALE = 0.3
-"""Size of the noise's coefficients, which the last layer gives in units of it."""
 
 
 class SourceDenoisers(nn.Module):

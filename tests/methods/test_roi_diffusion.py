@@ -9,7 +9,7 @@ from lightning import Callback
 from clinfuse.data.paired_volumes import collate_batches
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.methods.objective import roi_loss
-from clinfuse.methods.roi_diffusion import source_losses
+from clinfuse.methods.roi_diffusion import scale_loss, source_losses
 from clinfuse.networks.rigid_registration import SynthesisRegistration
 from clinfuse.networks.source_denoiser import SourceDenoisers
 
@@ -344,3 +344,23 @@ def test_without_guidance_the_centred_mean_is_the_anchors_and_guidance_moves_it(
     assert (astray - anchored).abs().max() > 1e-3
     guided, anchored = mean("guidance.eta=0.2")
     assert (guided - anchored).abs().max() > 1e-3
+
+
+def test_the_error_scale_is_learned_as_a_standard_deviation_and_few_stray_voxels_do_not_rule_it():
+    """Errors of two sizes, one voxel in a hundred astray; the scale found by descent."""
+    true = torch.where(torch.rand(1, 1, 20, 40, 40) > 0.5, 0.1, 0.4)
+    error = true * torch.randn_like(true)
+    astray = torch.rand_like(true) < 0.01
+
+    def found(error):
+        logs = torch.full((2,), -1.5, requires_grad=True)
+        optimizer = torch.optim.Adam([logs], lr=0.05)
+        for _ in range(150):
+            optimizer.zero_grad()
+            scale_loss(error, torch.where(true == 0.1, logs[0], logs[1]).exp()).backward()
+            optimizer.step()
+        return logs.detach().exp()
+
+    torch.testing.assert_close(found(error), torch.tensor([0.1, 0.4]), rtol=0.05, atol=0)
+    # their squares alone are 0.01 x 1.5^2, which would make a standard deviation of 0.18 of 0.1
+    assert found(torch.where(astray, 1.5, error))[0] < 0.13

@@ -204,3 +204,23 @@ def test_one_part_of_the_network_is_shared_by_every_ensemble_size():
         members = network(state, encode().repeat(4), torch.full((4,), 0.5))
         alone = network(state[:1], encode(), torch.full((1,), 0.5))
     torch.testing.assert_close(members, alone.expand_as(members), atol=1e-5, rtol=1e-4)
+
+
+def test_no_convolution_is_left_that_bfloat16_would_train_wrongly_on_a_few_slices():
+    network = unet(known_channels=2)
+    assert all(type(module) is not torch.nn.Conv3d for module in network.modules())
+    state, parts, known = (
+        torch.randn(1, 1, 3, 12, 12),
+        sources((3, 12, 12), 1),
+        torch.randn(1, 2, 3, 12, 12),
+    )
+
+    def gradient(autocast):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = awake(network)(state, network.encode(*parts, known))
+        out.float().square().mean().backward()
+        return network.encode_mri[0].weight.grad.clone()
+
+    exact, half = gradient(False), gradient(True)
+    assert (half - exact).abs().max() < 0.1 * exact.abs().max()

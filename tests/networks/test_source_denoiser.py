@@ -53,3 +53,7 @@ def test_each_modality_has_weights_of_its_own():
         both.mri.linear.bias.fill_(0.1)
     assert not torch.equal(both.mri(volume), volume)
     assert torch.equal(both.ct(volume), volume)
+
+
+def test_no_convolution_is_left_that_bfloat16_would_train_wrongly_on_a_few_slices():
+    assert all(type(module) is not torch.nn.Conv3d for module in denoiser().modules())
