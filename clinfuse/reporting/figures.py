@@ -190,7 +190,9 @@ def _with_palette(image: Image.Image) -> Image.Image:
     maps = [palette("grey", 119), palette("difference", 68), palette("spread", 68)]
     colours = np.concatenate([*maps, amber])
     pixels = np.asarray(image)
-    used, which = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    code = pixels.reshape(-1, 3) @ np.array([1 << 16, 1 << 8, 1], np.int32)  # rows sort slowly
+    used, which = np.unique(code, return_inverse=True)
+    used = np.stack([used >> 16, used >> 8 & 255, used & 255], 1)
     nearest = KDTree(colours.astype(float)).query(used.astype(float))[1]
     coded = Image.fromarray(nearest[which].reshape(pixels.shape[:2]).astype(np.uint8))
     coded.putpalette(colours.tobytes())
