@@ -230,6 +230,9 @@ def _positions(shape: Sequence[int], spacing_mm: Float[Tensor, "b n"]) -> Float[
 def _turning(positions: Tensor, slope: Tensor) -> Tensor:
     """Slope with respect to a rotation about the centre, p x g: 3 components in 3-D, 1 in 2-D."""
     if positions.shape[1] == 3:
-        return torch.linalg.cross(positions, slope, dim=1)
-    (a, b), (g_a, g_b) = positions.unbind(1), slope.unbind(1)
-    return (a * g_b - b * g_a)[:, None]
+        pairs = ((1, 2), (2, 0), (0, 1))  # several times as fast as torch.linalg.cross
+    else:
+        pairs = ((0, 1),)
+    return torch.stack(
+        [positions[:, i] * slope[:, j] - positions[:, j] * slope[:, i] for i, j in pairs], 1
+    )
