@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: FOLDER := runs/demo/$(NOW)
 demo: $(INSTALLED)  ## train on phantoms, compare with the baselines, write the report
 	$(PY) -m clinfuse.train experiment=demo hydra.run.dir=$(FOLDER)/clinfuse
-	$(PY) -m clinfuse.train experiment=demo method=deterministic_unet trainer.max_epochs=3 \
+	$(PY) -m clinfuse.train experiment=demo method=deterministic_unet trainer.max_epochs=4 \
 		hydra.run.dir=$(FOLDER)/deterministic_unet
 	$(PY) -m clinfuse.evaluate run=[$(FOLDER)/clinfuse,$(FOLDER)/deterministic_unet] \
 		baselines=[average,weighted,maximum,mask_composite] \

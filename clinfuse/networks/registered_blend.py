@@ -67,6 +67,9 @@ class RegisteredBlend(nn.Module):
         denoisers: of the two sources; None takes them as they are.
         noise_scale: error expected before training where the blend is flat, in model space.
         misplaced_mm: how far edges may be misplaced before training.
+        lost_gain: size of the error expected before training where interpolation loses detail, in
+            units of ``lost_in_moving``. Above 1: the loss on the way there and back is the
+            smaller for what the first way has smoothed, and CTs often come resampled already.
         min_scale: lower bound of s, in model space.
         bone_logit: logit of w inside the bone mask (and minus that outside) before training.
     """
@@ -78,6 +81,7 @@ class RegisteredBlend(nn.Module):
         denoisers: SourceDenoisers | None = None,
         noise_scale: float = 0.03,
         misplaced_mm: float = 0.3,
+        lost_gain: float = 2.0,
         min_scale: float = 0.005,
         bone_logit: float = 8.0,
     ) -> None:
@@ -87,15 +91,18 @@ class RegisteredBlend(nn.Module):
         self.registration, self.denoisers = registration, denoisers
         self.min_scale, self.bone_logit = min_scale, bone_logit
         self.noise_scale, self.misplaced_mm = noise_scale, misplaced_mm
+        self.lost_gain = lost_gain
 
     def forward(self, batch: FusionBatch) -> Anchor:
         roi, mri, ct = batch.roi.to(batch.ct.dtype), batch.mri, batch.ct
         brain, bone, lesion = roi.split(1, 1)
-        found, known = None, None
+        found, known, lost = None, None, torch.zeros_like(ct)
         with torch.no_grad():  # the sources are prepared by networks trained for that, and before
             if self.registration is not None:
                 found = self.registration(mri, ct, brain, batch.spacing_mm)
-                ct = move(ct, found.motion, batch.spacing_mm, refine=3).clamp(-1, 1)
+                given, ct = ct, move(ct, found.motion, batch.spacing_mm, refine=3)
+                lost = lost_in_moving(given, ct, found.motion, batch.spacing_mm)
+                ct = ct.clamp(-1, 1)
                 bone = move(bone, found.motion, batch.spacing_mm)
                 known = torch.cat([found.guess, found.log_scale], 1)
             if self.denoisers is not None:
@@ -107,14 +114,15 @@ class RegisteredBlend(nn.Module):
         prior = self.bone_logit * (2 * bone - 1 - 2 * brain)
         weight = torch.sigmoid(weight_logit + prior)
         mean = leaky_clamp(weight * ct + (1 - weight) * mri + correction)
-        expected = self._expected_error(weight, mri, ct, batch).detach()
+        expected = self._expected_error(weight, mri, ct, lost, batch).detach()
         scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
         return Anchor(mean, scale, mri, ct, roi, weight, found)
 
     def _expected_error(
-        self, weight: Tensor, mri: Tensor, ct: Tensor, batch: FusionBatch
+        self, weight: Tensor, mri: Tensor, ct: Tensor, lost: Tensor, batch: FusionBatch
     ) -> Tensor:
-        """What s is before any training: noise, the choice between the sources, misplaced edges.
+        """What s is before any training: noise, the choice between the sources, misplaced edges,
+        and detail too fine to be moved.
 
         If a voxel is the CT's with probability w, that choice alone has the variance
         w (1 - w) (I_C - I_M)^2.
@@ -122,7 +130,29 @@ class RegisteredBlend(nn.Module):
         choice = weight * (1 - weight) * (ct - mri).square()
         blend = weight * ct + (1 - weight) * mri
         edges = self.misplaced_mm * slope_per_mm(blend, batch.spacing_mm)
-        return (self.noise_scale**2 + choice + edges.square()).sqrt()
+        moved = self.lost_gain * weight * lost
+        return (self.noise_scale**2 + choice + edges.square() + moved.square()).sqrt()
+
+
+def lost_in_moving(
+    given: Float[Tensor, "b 1 *dhw"],
+    moved: Float[Tensor, "b 1 *dhw"],
+    motion: Float[Tensor, "b m m"],
+    spacing_mm: Float[Tensor, "b n"],
+) -> Float[Tensor, "b 1 *dhw"]:
+    """How much interpolation takes at each voxel: |given - moved, moved back|, where it is moved.
+
+    Nothing for a shift of whole voxels, and most for half of one: a skull of a voxel's thickness
+    does not survive that, however well it is registered.
+
+    Args:
+        given: the volume as it lies.
+        moved: given(A p).
+        motion: A, in mm about the grid's centre.
+        spacing_mm: voxel size.
+    """
+    back = move(moved, torch.linalg.inv(motion), spacing_mm, refine=2)
+    return move((given - back).abs(), motion, spacing_mm)
 
 
 def slope_per_mm(

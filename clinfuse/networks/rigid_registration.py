@@ -229,10 +229,8 @@ def _positions(shape: Sequence[int], spacing_mm: Float[Tensor, "b n"]) -> Float[
 
 def _turning(positions: Tensor, slope: Tensor) -> Tensor:
     """Slope with respect to a rotation about the centre, p x g: 3 components in 3-D, 1 in 2-D."""
-    if positions.shape[1] == 3:
-        pairs = ((1, 2), (2, 0), (0, 1))  # several times as fast as torch.linalg.cross
-    else:
-        pairs = ((0, 1),)
+    pairs = ((1, 2), (2, 0), (0, 1)) if positions.shape[1] == 3 else ((0, 1),)
+    # several times as fast as torch.linalg.cross
     return torch.stack(
         [positions[:, i] * slope[:, j] - positions[:, j] * slope[:, i] for i, j in pairs], 1
     )

@@ -3,9 +3,10 @@ from functools import partial
 import pytest
 import torch
 
+from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.networks.fusion_unet import FusionUNet
-from clinfuse.networks.registered_blend import NoAnchor, RegisteredBlend
-from clinfuse.networks.rigid_registration import SynthesisRegistration
+from clinfuse.networks.registered_blend import NoAnchor, RegisteredBlend, lost_in_moving
+from clinfuse.networks.rigid_registration import Registration, SynthesisRegistration, move
 from clinfuse.networks.source_denoiser import SourceDenoisers
 
 NETWORK = partial(FusionUNet, spatial_dims=3, channels=(8, 16), encoder_channels=4)
@@ -47,6 +48,50 @@ def test_the_scale_stays_above_its_floor_and_starts_larger_at_edges_than_in_air(
         blend.network.unet.out[-1].conv.bias.fill_(-100.0)  # as sure as it can be
     assert (blend(batch).scale > 0.02).all()
     assert blend(batch).scale.max() < 0.1
+
+
+def shift(voxels, spacing_mm):
+    motion = torch.eye(4)[None]
+    motion[0, 1, 3] = voxels * spacing_mm
+    return motion
+
+
+def test_moving_takes_most_from_fine_detail_at_half_a_voxel_and_nothing_at_a_whole_one():
+    spacing_mm = torch.tensor([[4.0, 2.0, 2.0]])
+    fine = torch.zeros(1, 1, 8, 24, 24)
+    fine[..., 12, 6:18] = 1
+    coarse = gaussian_smooth(fine, [0.0, 2.0, 2.0])
+    coarse = coarse / coarse.max()
+
+    def lost(volume, voxels):
+        motion = shift(voxels, 2.0)
+        moved = move(volume, motion, spacing_mm, refine=3)
+        return lost_in_moving(volume, moved, motion, spacing_mm)[..., 4:20, 9:15].mean()
+
+    assert lost(fine, 1.0) < 1e-5
+    assert lost(fine, 0.5) > 1.5 * lost(fine, 0.2) > 0.01
+    assert lost(fine, 0.5) > 5 * lost(coarse, 0.5)
+
+
+def test_the_loss_is_told_where_the_volume_is_moved_to():
+    spacing_mm, motion = torch.tensor([[4.0, 2.0, 2.0]]), shift(5.5, 2.0)
+    fine = torch.zeros(1, 1, 8, 24, 24)
+    fine[..., 12, 6:18] = 1
+    moved = move(fine, motion, spacing_mm, refine=3)
+    lost = lost_in_moving(fine, moved, motion, spacing_mm)
+    assert lost[..., 6:8, 6:18].mean() > 10 * lost[..., 12, 6:18].mean()
+
+
+def test_the_scale_starts_larger_where_moving_took_from_the_bone(phantoms):
+    batch = phantoms.batch(2.0)
+    network = registration()
+    motion = torch.linalg.inv(batch.misregistration.float())
+    network.forward = lambda *_: Registration(motion, batch.ct, torch.zeros_like(batch.ct))
+    with torch.no_grad():
+        none, some = (RegisteredBlend(NETWORK, network, lost_gain=g)(batch) for g in (0.0, 2.0))
+    more = some.scale - none.scale
+    assert (more >= 0).all() and more[batch.brain].max() < 0.01
+    assert more[batch.truth()[2][:, 1:2]].mean() > 0.005
 
 
 def test_the_blend_is_of_the_denoised_sources_where_they_belong(phantoms):
