@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from clinfuse.callbacks.calibration import read_calibration
 from clinfuse.callbacks.recorder import CaseRecorder
 from clinfuse.configuration import (
     CONFIG_PATH,
@@ -22,6 +23,7 @@ from clinfuse.configuration import (
     trained_method,
     with_other_guidance,
 )
+from clinfuse.metrics.calibration import Calibration
 
 register_resolvers()
 
@@ -67,18 +69,25 @@ def main(cfg: DictConfig) -> None:
         enable_progress_bar=False,
         _convert_="all",
     )
-    for name, preset, seed, method in methods:
+    for name, preset, seed, method, calibration in methods:
         recorder.method, recorder.preset, recorder.seed = name, preset, seed
+        recorder.calibration = calibration
         print(f"scoring {name}", flush=True)
         trainer.test(method, datamodule=data, verbose=False)
     print(f"report: {recorder.write()}")
 
 
-def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str, int, Any]]:
-    """Name, preset, seed and method of all to score: runs, then ``method``, then baselines."""
+def methods_of(
+    cfg: DictConfig, runs: Sequence[str]
+) -> Iterator[tuple[str, str, int, Any, Calibration | None]]:
+    """Name, preset, seed, method and calibration of all to score.
+
+    Runs come first, then ``method``, then baselines.
+    """
     for folder in runs:
         saved = with_other_guidance(run_config(folder), cfg)
-        yield saved.method_name, saved.preset, saved.seed, trained_method(folder, saved)
+        method, calibration = trained_method(folder, saved), read_calibration(folder)
+        yield saved.method_name, saved.preset, saved.seed, method, calibration
     names = [HydraConfig.get().runtime.choices.get("method"), *cfg.baselines]
     for name in (name for name in names if name):
         method = rule(name)
@@ -86,7 +95,7 @@ def methods_of(cfg: DictConfig, runs: Sequence[str]) -> Iterator[tuple[str, str,
             raise ValueError(
                 f"expected a method without weights, got {name}: name its run folder, run="
             )
-        yield name, cfg.preset or "default", cfg.seed, method
+        yield name, cfg.preset or "default", cfg.seed, method, None
 
 
 def rule(name: str) -> Any:

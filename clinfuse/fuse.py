@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from clinfuse.callbacks.calibration import read_calibration
 from clinfuse.callbacks.recorder import case_view, summarise
 from clinfuse.configuration import (
     CONFIG_PATH,
@@ -31,7 +32,10 @@ register_resolvers()
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="fuse")
 @in_one_sentence
 def main(cfg: DictConfig) -> None:
-    """Write fused.nii.gz and uncertainty.nii.gz on the MRI's grid, and report.html."""
+    """Write fused.nii.gz and uncertainty.nii.gz on the MRI's grid, and report.html.
+
+    A run that was calibrated also gives interval_low.nii.gz and interval_high.nii.gz.
+    """
     quiet_libraries()
     missing = [name for name in ("run", "mri", "ct", "out") if OmegaConf.is_missing(cfg, name)]
     if missing:
@@ -52,6 +56,11 @@ def main(cfg: DictConfig) -> None:
     study.write(out / "fused.nii.gz", fused[0])
     uncertainty = torch.zeros_like(fused) if spread is None else spread
     study.write(out / "uncertainty.nii.gz", uncertainty[0])
+    calibration = read_calibration(cfg.run)
+    if calibration is not None and spread is not None:
+        bounds = calibration.interval(fused, spread, method.cpu().registered_roi(item))
+        for name, bound in zip(("low", "high"), bounds, strict=True):
+            study.write(out / f"interval_{name}.nii.gz", bound[0])
     item.reference = None  # what these scans should fuse to is not known
     view = case_view(item, 0, fused, spread, f"{saved.method_name}, preset {saved.preset}")
     facts = {

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from clinfuse.callbacks.calibration import CalibrationFit, read_calibration
 from clinfuse.callbacks.loggers import all_of
 from clinfuse.callbacks.recorder import CaseRecorder
 from clinfuse.configuration import (
@@ -23,6 +24,7 @@ from clinfuse.configuration import (
     run_config,
     run_facts,
 )
+from clinfuse.metrics.calibration import Calibration
 
 log = logging.getLogger(__name__)
 register_resolvers()
@@ -62,14 +64,37 @@ def main(cfg: DictConfig) -> float | None:
     if method.is_trainable:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     objective = trainer.callback_metrics.get(cfg.objective_metric)
+    calibration = calibrated(cfg, method, data, folder)
     if cfg.test:
         for recorder in (c for c in trainer.callbacks if isinstance(c, CaseRecorder)):
             recorder.facts = report_facts(cfg, facts)
             recorder.lesion_head = getattr(method, "lesion_head", None)
+            recorder.calibration = calibration
         trainer.test(method, datamodule=data, verbose=False)
         if (folder / "report.html").exists():
             print(f"report: {folder / 'report.html'}")
     return None if objective is None else float(objective)
+
+
+def calibrated(cfg: DictConfig, method: Any, data: Any, folder: Path) -> Calibration | None:
+    """What all validation cases say of a method's uncertainty, kept in the run's folder.
+
+    None for a method without spread, or where ``interval_level`` is null.
+    """
+    level = cfg.get("interval_level")  # runs of before it was there are resumed without
+    if level is None or getattr(method, "members", 1) < 2:
+        return None
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=[CalibrationFit(folder, level)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        limit_val_batches=1.0,
+        _convert_="all",
+    )
+    trainer.validate(method, datamodule=data, verbose=False)
+    return read_calibration(folder)
 
 
 def resumed(cfg: DictConfig) -> DictConfig:

@@ -36,11 +36,22 @@ def test_one_table_holds_every_method_at_every_amplitude(evaluated, rows):
     assert set(rows["mask_source"]) == {"expert"}
     for _, scores in rows.groupby("method"):
         assert set(scores["misregistration_mm"]) == {0.0, 2.0, 4.0}
-    measured = rows[rows["metric"] != "spread_error_correlation"]
+    measured = rows[rows["metric"].isin({"ssim", "fsim", "psnr"})]
     key = ["method", "seed", "misregistration_mm", "case_id"]
     assert set(measured.groupby(key).size()) == {7}
     assert (evaluated / "report.html").is_file()
     assert (evaluated / "figures" / "robustness.png").is_file()
+
+
+def test_what_a_run_learned_of_its_uncertainty_is_applied_to_its_own_rows_alone(rows):
+    for method, scores in rows.groupby("method"):
+        of_spread = scores[scores["metric"].isin({"coverage", "width", "ence", "uce"})]
+        if method == "clinfuse":
+            assert set(of_spread["roi"]) == {"brain", "bone", "whole"}
+            covered = of_spread[of_spread["metric"] == "coverage"]["value"]
+            assert ((covered > 0.3) & (covered <= 1)).all()
+        else:
+            assert of_spread.empty and "ence_raw" not in set(scores["metric"])
 
 
 def test_runs_of_two_seeds_both_count(rows):

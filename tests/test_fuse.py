@@ -49,9 +49,10 @@ def fused(smoke_run, phantoms, patient, tmp_path_factory):
 def test_results_lie_on_the_grid_that_the_mri_came_on(orientation, fused, patient):
     mri = nib.load(patient / orientation / "mri.nii.gz")
     assert {path.name for path in (fused / orientation).iterdir()} == {
-        "fused.nii.gz", "uncertainty.nii.gz", "report.html",
+        "fused.nii.gz", "uncertainty.nii.gz", "interval_low.nii.gz", "interval_high.nii.gz",
+        "report.html",
     }  # fmt: skip
-    for name in ("fused", "uncertainty"):
+    for name in ("fused", "uncertainty", "interval_low", "interval_high"):
         image = nib.load(fused / orientation / f"{name}.nii.gz")
         assert image.shape == mri.shape == SHAPE[::-1]
         np.testing.assert_allclose(image.affine, mri.affine)
@@ -64,6 +65,27 @@ def test_the_storage_order_changes_nothing_about_the_patient(fused):
         ras, las = (nib.load(fused / o / f"{name}.nii.gz") for o in ("RAS", "LAS"))
         np.testing.assert_array_equal(nib.as_closest_canonical(las).get_fdata(), ras.get_fdata())
         assert not np.array_equal(las.get_fdata(), ras.get_fdata())
+
+
+def test_the_calibrated_interval_lies_around_the_fused_value_and_is_no_point(fused):
+    low, mean, high = (
+        nib.load(fused / "RAS" / f"{name}.nii.gz").get_fdata()
+        for name in ("interval_low", "fused", "interval_high")
+    )
+    assert (low <= mean + 1e-6).all() and (mean <= high + 1e-6).all()
+    assert low.min() >= -1 and high.max() <= 1
+    assert np.mean(high - low > 1e-3) > 0.5
+
+
+def test_a_run_without_calibration_gives_no_interval(smoke_run, phantoms, patient, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run, run)
+    (run / "calibration.json").unlink()
+    overrides = arguments(run, patient / "RAS", tmp_path / "out")
+    main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "fused.nii.gz", "uncertainty.nii.gz", "report.html",
+    }  # fmt: skip
 
 
 def test_the_fused_volume_is_in_model_space_and_looks_like_the_head(fused, patient):

@@ -69,7 +69,7 @@ def assert_identical(one, other, where=""):
 def test_a_run_leaves_everything_that_it_takes_to_repeat_and_to_judge_it(smoke_run):
     expected = {
         ".hydra/config.yaml", ".hydra/overrides.yaml", "checkpoints/last.ckpt", "metrics.csv",
-        "cases.csv", "report.html", "facts.json", "splits.json", "train.log",
+        "cases.csv", "report.html", "facts.json", "splits.json", "train.log", "calibration.json",
     }  # fmt: skip
     assert all((smoke_run / name).is_file() for name in expected)
     pictures = {path.name for path in (smoke_run / "figures").iterdir()}

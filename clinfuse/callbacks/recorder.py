@@ -10,6 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from clinfuse.functional.surface import NO_SURFACE_MM
+from clinfuse.methods.base import FusionMethod
+from clinfuse.metrics.calibration import Calibration
 from clinfuse.metrics.suite import Row, case_metrics
 from clinfuse.reporting.figures import save_figures
 from clinfuse.reporting.html import write_report
@@ -36,6 +38,7 @@ class CaseRecorder(Callback):
         pictures_of: the method whose results are shown; None shows the first one tested.
         pictures_at_mm: the misregistration at which they are shown, where it is tested.
         lesion_head: frozen network from F to lesion probability; None leaves lesion rows out.
+        calibration: of the method under test; assign it anew before each test.
         facts: what the report says of the run.
         title: of the report.
     """
@@ -51,6 +54,7 @@ class CaseRecorder(Callback):
         pictures_of: str | None = None,
         pictures_at_mm: float = 2.0,
         lesion_head: nn.Module | None = None,
+        calibration: Calibration | None = None,
         facts: Mapping[str, Any] | None = None,
         title: str = "clinfuse",
     ) -> None:
@@ -59,7 +63,7 @@ class CaseRecorder(Callback):
         self.folder, self.preset, self.seed, self.method = Path(folder), preset, seed, method
         self.mask_source, self.pictures = mask_source, pictures
         self.pictures_of, self.pictures_at_mm = pictures_of or method, pictures_at_mm
-        self.lesion_head, self.title = lesion_head, title
+        self.lesion_head, self.calibration, self.title = lesion_head, calibration, title
         self.facts = dict(facts or {})
         self.rows: list[dict[str, Any]] = []
         self.views: list[CaseView] = []
@@ -91,7 +95,11 @@ class CaseRecorder(Callback):
         amplitude_mm = trainer.datamodule.misregistration_mm[dataloader_idx]  # type: ignore[attr-defined]
         fused, spread = summarise(outputs)
         probability = None if self.lesion_head is None else self.lesion_head(fused).float()
-        scores = case_metrics(fused, batch, probability, spread)
+        assert isinstance(pl_module, FusionMethod)
+        roi = None if self.calibration is None else pl_module.registered_roi(batch)
+        scores = case_metrics(
+            fused, batch, probability, spread, calibration=self.calibration, roi=roi
+        )
         for index, (case_id, case_scores) in enumerate(zip(batch.case_id, scores, strict=True)):
             self.rows += case_rows(
                 case_scores,

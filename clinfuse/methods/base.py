@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lightning import LightningModule
 from torch import Tensor
 from torch.nn import Parameter
@@ -38,6 +38,10 @@ class FusionMethod(LightningModule):
         A deterministic method has one draw.
         """
         return self.fuse(batch)[None]
+
+    def registered_roi(self, batch: FusionBatch) -> Bool[Tensor, "b r *dhw"]:
+        """The masks where the method believes they belong: as given, unless it registers."""
+        return batch.roi
 
     def test_step(self, batch: FusionBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The ensemble; callbacks score it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from clinfuse.diffusion.ensemble import centred_estimate, ensemble_noise
@@ -161,6 +161,11 @@ class RoiDiffusion(FusionMethod):
     def fuse(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
         """The predictive mean over the ensemble."""
         return self.ensemble(batch).mean(0).clamp(-1, 1)
+
+    def registered_roi(self, batch: FusionBatch) -> Bool[Tensor, "b r *dhw"]:
+        """The masks, the CT's own moved with it by the anchor."""
+        with torch.no_grad():
+            return self.anchor(batch).roi > 0.5
 
     def ensemble(self, batch: FusionBatch) -> Float[Tensor, "k b 1 *dhw"]:
         """``members`` samples of F, their noise drawn per case and moment-matched.

@@ -4,11 +4,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from clinfuse.functional.calibration import (
+    ause,
+    brier,
+    coverage,
+    ence,
+    expected_calibration_error,
+    uce,
+)
 from clinfuse.functional.fsim import fsim
 from clinfuse.functional.psnr import psnr
 from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import dice, hd95, nsd
+from clinfuse.metrics.calibration import Calibration
 from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
 from clinfuse.types import FusionBatch
 
@@ -25,6 +34,8 @@ def case_metrics(
     lesion_probability: Float[Tensor, "b 1 *dhw"] | None = None,
     spread: Float[Tensor, "b 1 *dhw"] | None = None,
     tau_mm: float = 2.0,
+    calibration: Calibration | None = None,
+    roi: Bool[Tensor, "b r *dhw"] | None = None,
 ) -> list[list[Row]]:
     """One list of (roi, metric, value) for each case of the batch.
 
@@ -37,9 +48,15 @@ def case_metrics(
         fused: a method's output, in [-1, 1].
         batch: the studies it was made from.
         lesion_probability: predicted from ``fused``; thresholded at one half.
-        spread: ensemble standard deviation of ``fused``. Adds ``spread_error_correlation``, Pearson
-            over the head (where the reference is not air), the brain and bone.
+        spread: ensemble standard deviation of ``fused``. Adds ``spread_error_correlation``
+            (Pearson's), ``ause``, ``uce_raw`` and ``ence_raw`` over the head (where the reference
+            is not air), the brain and bone.
         tau_mm: tolerance of the surface Dice, in mm.
+        calibration: fitted on other cases. Adds ``uce`` and ``ence`` of the calibrated spread, and
+            ``coverage`` and ``width`` of the intervals; with a prediction, ``ece`` and ``brier``
+            too, of which ``ece_raw`` and ``brier_raw`` are without.
+        roi: the masks as the method places them, which say what region a voxel is calibrated
+            with; None takes those of the batch as they are given.
 
     Raises:
         ValueError: if ``fused`` is not finite. A NaN would pass for an undefined metric, and a
@@ -53,8 +70,10 @@ def case_metrics(
         columns = _similarity(fused, batch)
         if lesion_probability is not None:
             columns |= _lesion(lesion_probability, batch, tau_mm)
+            columns |= _lesion_calibration(lesion_probability, batch, calibration)
         if spread is not None:
-            columns |= _calibration(fused, spread.float(), batch)
+            placed = batch.roi if roi is None else roi
+            columns |= _calibration(fused, spread.float(), batch, calibration, placed)
     return [
         [(roi, metric, values[case]) for (roi, metric), values in columns.items()]
         for case in range(len(batch))
@@ -97,21 +116,55 @@ def _lesion(
     )
 
 
-def _calibration(
-    fused: Tensor, spread: Tensor, batch: FusionBatch
+def _lesion_calibration(
+    probability: Tensor, batch: FusionBatch, calibration: Calibration | None
 ) -> dict[tuple[str, str], list[float]]:
+    """Judged in the brain: elsewhere a head has nothing to say, and would be praised for it."""
     roi = batch.truth()[2]
-    brain, bone = roi[:, 0:1], roi[:, 1:2]
+    brain, lesion = roi[:, 0:1], roi[:, 2:3]
+    stated = {"_raw": probability}
+    if calibration is not None:
+        stated[""] = calibration.probability(probability)
+    scores = {"ece": expected_calibration_error, "brier": brier}
+    return _as_lists(
+        {
+            ("lesion", name + suffix): score(p, lesion, brain)
+            for suffix, p in stated.items()
+            for name, score in scores.items()
+        }
+    )
+
+
+def _calibration(
+    fused: Tensor,
+    spread: Tensor,
+    batch: FusionBatch,
+    calibration: Calibration | None,
+    placed: Tensor,
+) -> dict[tuple[str, str], list[float]]:
     if batch.reference is None:
         unknown = [torch.nan] * len(batch)
         return {(roi, "spread_error_correlation"): unknown for roi in ("whole", "brain", "bone")}
-    error, head = (fused - batch.reference).abs(), batch.reference > AIR
-    return _as_lists(
-        {
-            (roi, "spread_error_correlation"): regional_correlation(spread, error, mask)
-            for roi, mask in (("whole", head), ("brain", brain), ("bone", bone))
+    reference, roi = batch.reference, batch.truth()[2]
+    error = fused - reference
+    columns: dict[tuple[str, str], Tensor] = {}
+    for name, mask in (("whole", reference > AIR), ("brain", roi[:, 0:1]), ("bone", roi[:, 1:2])):
+        columns |= {
+            (name, "spread_error_correlation"): regional_correlation(spread, error.abs(), mask),
+            (name, "ause"): ause(spread, error, mask),
+            (name, "uce_raw"): uce(spread, error, mask),
+            (name, "ence_raw"): ence(spread, error, mask),
         }
-    )
+        if calibration is not None:
+            std = calibration.std(spread, placed)
+            low, high = calibration.interval(fused, spread, placed)
+            columns |= {
+                (name, "uce"): uce(std, error, mask),
+                (name, "ence"): ence(std, error, mask),
+                (name, "coverage"): coverage(reference, low, high, mask),
+                (name, "width"): regional_mean(high - low, mask),
+            }
+    return _as_lists(columns)
 
 
 def regional_correlation(

@@ -23,7 +23,8 @@ HEADLINE_SCORES = (("bone", "psnr"), ("brain", "ssim"), ("whole", "ssim"))
 """The three scores of the headline table, as (roi, metric)."""
 
 LOWER_IS_BETTER = frozenset(
-    {"hd95", "mae", "mse", "rmse", "ece", "brier", "uce", "ence", "ause", "nll", "lpips"}
+    {"hd95", "mae", "mse", "rmse", "ause", "nll", "lpips", "width"}
+    | {name + suffix for name in ("ece", "brier", "uce", "ence") for suffix in ("", "_raw")}
 )
 """Metrics whose best value is the smallest; of all others it is the largest."""
 

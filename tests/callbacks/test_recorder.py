@@ -127,7 +127,7 @@ def test_without_the_mask_no_method_sees_the_lesion_and_scores_still_know_it(tmp
         rows = scored({"curious": method}, recorder_in(tmp_path, **settings), data)
         assert set(rows["mask_source"]) == {mask_source}
         lesion = rows[rows["roi"] == "lesion"]
-        assert set(lesion["metric"]) == {"dice", "nsd", "hd95"}
+        assert set(lesion["metric"]) == {"dice", "nsd", "hd95", "ece_raw", "brier_raw"}
         return method, lesion
 
     seen, expert = lesion_rows("expert")

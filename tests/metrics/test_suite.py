@@ -12,6 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from clinfuse.functional.fsim import fsim
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import dice, hd95, nsd
+from clinfuse.metrics.calibration import FLOOR, Calibration
 from clinfuse.metrics.suite import case_metrics, regional_correlation
 from clinfuse.types import FusionBatch
 
@@ -185,3 +186,47 @@ def test_a_whole_case_takes_about_half_a_second_of_one_core():
     start = process_time()
     case_metrics(batch.mri, batch, probability, batch.ct.abs())
     assert process_time() - start < 1.2  # 0.35 s undisturbed; the rest is for a busy machine
+
+
+def test_intervals_and_calibrated_spread_are_judged_in_the_true_masks_by_the_placed_regions():
+    batch = studies()
+    fused = torch.rand(batch.mri.shape) - 0.5
+    spread = 0.05 + 0.2 * torch.rand(batch.mri.shape)
+    placed = batch.roi.roll(2, -2)
+    calibration = Calibration(
+        level=0.9,
+        std_scale={"brain": 2.0, "bone": 3.0, "rest": 0.5},
+        quantile={"brain": 1.0, "bone": 4.0, "rest": 2.0},
+        temperature=2.0,
+        case_ids=["other"],
+        misregistration_mm=2.0,
+    )
+    probability = torch.rand(batch.mri.shape)
+    rows = case_metrics(
+        fused, batch, probability, spread, calibration=calibration, roi=placed
+    )  # fmt: skip
+    for case, of_case in enumerate(map(values, rows)):
+        brain = batch.clean_roi[case, 0]
+        region = [placed[case, 0], placed[case, 1] & ~placed[case, 0]]
+        half = torch.where(region[0], 1.0, torch.where(region[1], 4.0, 2.0))
+        half = half * (spread[case, 0] + FLOOR)
+        error = (fused - batch.reference)[case, 0]
+        expected = (error.abs() <= half)[brain].float().mean().item()
+        assert of_case["brain", "coverage"] == pytest.approx(expected, abs=0.01)
+        assert of_case["brain", "width"] < 2 * half[brain].mean().item() + 1e-5  # clamped
+        assert of_case["brain", "ence"] != of_case["brain", "ence_raw"]
+        assert of_case["lesion", "ece"] != of_case["lesion", "ece_raw"]
+        lesion = batch.clean_roi[case, 2][brain].float()
+        tempered = torch.sigmoid(torch.logit(probability[case, 0][brain]) / 2.0)
+        assert of_case["lesion", "brier"] == pytest.approx(
+            (tempered - lesion).square().mean().item(), rel=1e-3
+        )
+
+
+def test_without_a_calibration_only_what_is_stated_is_judged():
+    batch = studies()
+    fused = torch.rand(batch.mri.shape) - 0.5
+    (first, _) = map(values, case_metrics(fused, batch, None, 0.1 + torch.rand_like(fused)))
+    of_brain = {metric for roi, metric in first if roi == "brain"}
+    assert {"uce_raw", "ence_raw", "ause"} <= of_brain
+    assert not of_brain & {"uce", "ence", "coverage", "width"}

@@ -1,0 +1,78 @@
+"""Fit a run's calibration on its validation cases, and keep it beside the checkpoint."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from clinfuse.callbacks.recorder import summarise
+from clinfuse.methods.base import FusionMethod
+from clinfuse.metrics.calibration import Calibration, CalibrationSample
+from clinfuse.reporting.atomic import write_atomically
+from clinfuse.types import FusionBatch
+
+FILE = "calibration.json"
+
+
+class CalibrationFit(Callback):
+    """Fits on all cases of a validation and writes ``calibration.json``.
+
+    A method of one draw has no spread to calibrate, and gets no file.
+
+    Args:
+        folder: of the run.
+        level: share of voxels that intervals should cover.
+    """
+
+    def __init__(self, folder: str | Path, level: float = 0.9) -> None:
+        self.folder, self.sample = Path(folder), CalibrationSample(level)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: FusionBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if outputs is None or batch.reference is None:
+            return
+        fused, spread = summarise(outputs)
+        if spread is None:
+            return
+        assert isinstance(pl_module, FusionMethod)
+        roi = pl_module.registered_roi(batch)
+        error = fused - batch.reference
+        for case, case_id in enumerate(batch.case_id):
+            self.sample.update(case_id, error[case], spread[case], roi[case])
+        head = getattr(pl_module, "lesion_head", None)
+        if head is not None:
+            probability = head(fused).float()
+            for case in range(len(batch)):
+                self.sample.update_lesion(
+                    probability[case].detach(), batch.lesion[case], batch.brain[case]
+                )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.sample.case_ids:
+            at_mm = float(trainer.datamodule.val_misregistration_mm)  # type: ignore[attr-defined]
+            fitted = asdict(self.sample.fit(at_mm))
+            write_atomically(self.folder / FILE, json.dumps(fitted, indent=1) + "\n")
+
+
+def read_calibration(folder: str | Path) -> Calibration | None:
+    """The calibration of a run; None where it has none.
+
+    Raises:
+        ValueError: a file that is no calibration.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        return Calibration(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected a calibration, got {error}: {path}") from error

@@ -1,0 +1,162 @@
+"""Does a stated uncertainty hold? Calibration scores of intensities and of probabilities.
+
+Every score is of one case and over the voxels of a mask; NaN where the mask is empty. ``std`` is
+the stated standard deviation of ``error`` = prediction - truth, voxel by voxel, in one unit.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
+
+from clinfuse.functional.regional import regional_mean
+
+BINS = 15
+"""Bins of every binned score (Guo et al. 2017; Laves et al. 2020)."""
+
+
+def coverage(
+    truth: Float[Tensor, "b 1 *dhw"],
+    low: Float[Tensor, "b 1 *dhw"],
+    high: Float[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"],
+) -> Float[Tensor, " b"]:
+    """Share of the mask's voxels whose truth lies in [low, high], bounds included."""
+    return regional_mean(((low <= truth) & (truth <= high)).to(truth.dtype), mask)
+
+
+def ence(
+    std: Float[Tensor, "b 1 *dhw"],
+    error: Float[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"],
+    bins: int = BINS,
+) -> Float[Tensor, " b"]:
+    """Expected normalised calibration error: mean over bins of |RMV - RMSE| / RMV.
+
+    Levi et al. (2022), Eq. 8. Bins hold equally many voxels, in order of ``std``; RMV is a bin's
+    root mean variance. 0 where the stated size of errors is their size at every level of it.
+    """
+
+    def score(s: Tensor, e: Tensor) -> Tensor:
+        order = s.argsort()
+        parts = zip(s[order].tensor_split(bins), e[order].tensor_split(bins), strict=True)
+        return torch.stack([_relative_gap(a, b) for a, b in parts if len(a)]).mean()
+
+    return _by_case(score, mask, std, error)
+
+
+def uce(
+    std: Float[Tensor, "b 1 *dhw"],
+    error: Float[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"],
+    bins: int = BINS,
+) -> Float[Tensor, " b"]:
+    """Uncertainty calibration error: sum over bins of share * |mean error^2 - mean variance|.
+
+    Laves et al. (2020), Eq. 11, in squared units. Bins are equally wide, from the smallest to the
+    largest variance of the case.
+    """
+
+    def score(s: Tensor, e: Tensor) -> Tensor:
+        variance, square = s.square(), e.square()
+        low, high = variance.min(), variance.max()
+        where = ((variance - low) / (high - low).clamp(min=1e-30) * bins).long().clamp(max=bins - 1)
+        gap = variance.new_zeros(bins).index_add(0, where, square - variance)
+        return gap.abs().sum() / len(s)
+
+    return _by_case(score, mask, std, error)
+
+
+def ause(
+    uncertainty: Float[Tensor, "b 1 *dhw"],
+    error: Float[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"],
+    fractions: int = 100,
+) -> Float[Tensor, " b"]:
+    """Area between the sparsification curves of the uncertainty and of the error itself.
+
+    Ilg et al. (2018), Sec. 4.2. A curve is the mean |error| of what is left when the most uncertain
+    voxels are taken away, relative to that of all; the best order is that of the error. 0 is
+    that order; the curve of an uninformative one stays near 1. Equal uncertainties are taken
+    away in the order of the voxels, which says nothing of their errors.
+    """
+
+    def score(u: Tensor, e: Tensor) -> Tensor:
+        size = e.abs()
+        if size.sum() == 0:
+            return e.new_tensor(math.nan)
+        kept = [max(len(size) - len(size) * f // fractions, 1) for f in range(fractions)]
+
+        def curve(order: Tensor) -> Tensor:
+            total = size[order].double().cumsum(0)
+            return torch.stack([total[k - 1] / k for k in kept]) / size.double().mean()
+
+        gap = curve(u.argsort(stable=True)) - curve(size.argsort())
+        return gap.mean().to(e.dtype)
+
+    return _by_case(score, mask, uncertainty, error)
+
+
+def brier(
+    probability: Float[Tensor, "b 1 *dhw"],
+    target: Bool[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"],
+) -> Float[Tensor, " b"]:
+    """Mean squared difference between a probability and what came (Brier 1950), two classes."""
+    return regional_mean((probability - target.to(probability)).square(), mask)
+
+
+def expected_calibration_error(
+    probability: Float[Tensor, "b 1 *dhw"],
+    target: Bool[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"],
+    bins: int = BINS,
+) -> Float[Tensor, " b"]:
+    """ECE of a lesion's probability over equally wide bins of confidence: torchmetrics' own."""
+
+    def score(p: Tensor, t: Tensor) -> Tensor:
+        return binary_calibration_error(p, t.long(), bins)
+
+    return _by_case(score, mask, probability, target)
+
+
+def conformal_quantile(scores: Float[Tensor, " n"], level: float) -> float:
+    """The ceil((n + 1) level)-th smallest score: split conformal prediction.
+
+    Vovk et al. (2005); Lei et al. (2018), Alg. 2. A new score exchangeable with these is no larger
+    with probability ``level`` at least. Infinite where n is too small to say so.
+
+    Raises:
+        ValueError: if ``level`` is not in (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level in (0, 1), got {level}")
+    rank = math.ceil((len(scores) + 1) * level)
+    return math.inf if rank > len(scores) else float(scores.kthvalue(rank).values)
+
+
+def with_temperature(
+    probability: Float[Tensor, "*shape"], temperature: float
+) -> Float[Tensor, "*shape"]:
+    """sigmoid(logit / temperature) of a probability (Guo et al. 2017); above 1 it is less sure."""
+    return torch.sigmoid(torch.logit(probability, eps=1e-6) / temperature)
+
+
+def _relative_gap(std: Tensor, error: Tensor) -> Tensor:
+    stated, found = (part.square().mean().sqrt() for part in (std, error))
+    return (stated - found).abs() / stated.clamp(min=1e-30)
+
+
+def _by_case(score: Callable[..., Tensor], mask: Tensor, *volumes: Tensor) -> Tensor:
+    """The score of the mask's voxels of each case; NaN for a case without any."""
+    undefined = volumes[0].new_tensor(math.nan)
+    cases = zip(mask, *volumes, strict=True)
+    return torch.stack(
+        [
+            score(*(volume[inside] for volume in of_case)) if inside.any() else undefined
+            for inside, *of_case in cases
+        ]
+    )

@@ -1,0 +1,167 @@
+"""Calibration fitted on validation cases and applied to others (method, section 5)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from clinfuse.functional.calibration import conformal_quantile, with_temperature
+
+REGIONS = ("brain", "bone", "rest")
+"""Where calibration differs: errors of bone and of brain are not of one kind."""
+
+FLOOR = 0.005
+"""Spread below which no voxel is believed, in model space: air has none, and errors after all."""
+
+VOXELS = 20_000
+"""Voxels of a case and region that calibration is fitted on, so that all cases count alike."""
+
+_TEMPERATURES = (0.05, 20.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What validation cases say of a method's uncertainty.
+
+    Attributes:
+        level: share of voxels that an interval should cover.
+        std_scale: factor by region that makes the mean variance the mean squared error.
+        quantile: conformal half-width of the interval by region, in units of the spread.
+        temperature: of the lesion probability; None where no head predicted any.
+        case_ids: what it was fitted on.
+        misregistration_mm: at which.
+    """
+
+    level: float
+    std_scale: Mapping[str, float]
+    quantile: Mapping[str, float]
+    temperature: float | None
+    case_ids: Sequence[str]
+    misregistration_mm: float
+
+    def std(
+        self, spread: Float[Tensor, "b 1 *dhw"], roi: Bool[Tensor, "b r *dhw"]
+    ) -> Float[Tensor, "b 1 *dhw"]:
+        """The calibrated standard deviation of the predictive mean's error."""
+        return (spread + FLOOR) * _by_region(self.std_scale, roi, spread)
+
+    def interval(
+        self,
+        fused: Float[Tensor, "b 1 *dhw"],
+        spread: Float[Tensor, "b 1 *dhw"],
+        roi: Bool[Tensor, "b r *dhw"],
+    ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"]]:
+        """Low and high of the ``level`` interval, within model space.
+
+        Args:
+            fused: predictive mean.
+            spread: ensemble standard deviation.
+            roi: masks as the method places them: brain and bone decide the region.
+        """
+        half = (spread + FLOOR) * _by_region(self.quantile, roi, spread)
+        return (fused - half).clamp(-1, 1), (fused + half).clamp(-1, 1)
+
+    def probability(self, probability: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
+        """The calibrated lesion probability."""
+        if self.temperature is None:
+            return probability
+        return with_temperature(probability, self.temperature)
+
+
+class CalibrationSample:
+    """Collects errors and spreads case by case, then fits a ``Calibration``.
+
+    Args:
+        level: of the intervals.
+    """
+
+    def __init__(self, level: float = 0.9) -> None:
+        self.level = level
+        self.case_ids: list[str] = []
+        self._found: dict[str, list[Tensor]] = {region: [] for region in REGIONS}
+        self._lesions: list[tuple[Tensor, Tensor]] = []
+
+    def update(
+        self,
+        case_id: str,
+        error: Float[Tensor, "1 *dhw"],
+        spread: Float[Tensor, "1 *dhw"],
+        roi: Bool[Tensor, "r *dhw"],
+    ) -> None:
+        """Take in one case: predictive mean minus reference, spread, and masks as placed."""
+        self.case_ids.append(case_id)
+        region = region_map(roi[None])[0]
+        pair = torch.stack([error, spread + FLOOR]).float().cpu()
+        for index, name in enumerate(REGIONS):
+            self._found[name].append(_thinned(pair[:, region.cpu() == index]))
+
+    def update_lesion(
+        self,
+        probability: Float[Tensor, "1 *dhw"],
+        lesion: Bool[Tensor, "1 *dhw"],
+        inside: Bool[Tensor, "1 *dhw"],
+    ) -> None:
+        """Take in one case's lesion probability, judged within ``inside``: the brain."""
+        self._lesions.append((probability[inside].float().cpu(), lesion[inside].cpu()))
+
+    def fit(self, misregistration_mm: float) -> Calibration:
+        """The calibration of what was collected.
+
+        Raises:
+            ValueError: if no case was.
+        """
+        if not self.case_ids:
+            raise ValueError("expected validation cases to calibrate on, got none")
+        everywhere = torch.cat([part for parts in self._found.values() for part in parts], 1)
+        scale, quantile = {}, {}
+        for region, parts in self._found.items():
+            here = torch.cat(parts, 1)
+            error, spread = here if here.numel() else everywhere  # a region that no case has
+            scale[region] = float((error.square().mean() / spread.square().mean()).sqrt())
+            quantile[region] = conformal_quantile(error.abs() / spread, self.level)
+        return Calibration(
+            level=self.level,
+            std_scale=scale,
+            quantile=quantile,
+            temperature=self._temperature(),
+            case_ids=list(self.case_ids),
+            misregistration_mm=misregistration_mm,
+        )
+
+    def _temperature(self) -> float | None:
+        """The temperature of least log loss (Guo et al. 2017, Sec. 4.2)."""
+        if not self._lesions:
+            return None
+        probability, lesion = (torch.cat(part) for part in zip(*self._lesions, strict=True))
+        logits = torch.logit(probability.double(), eps=1e-6)
+
+        def loss(log_temperature: float) -> float:
+            scaled = logits / math.exp(log_temperature)
+            return float(
+                torch.nn.functional.binary_cross_entropy_with_logits(scaled, lesion.double())
+            )
+
+        bounds = [math.log(t) for t in _TEMPERATURES]
+        return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+
+
+def region_map(roi: Bool[Tensor, "b r *dhw"]) -> Int[Tensor, "b 1 *dhw"]:
+    """Index into ``REGIONS`` at every voxel; brain before bone where masks overlap."""
+    brain, bone = roi[:, 0:1], roi[:, 1:2]
+    return torch.where(brain, 0, torch.where(bone, 1, 2))
+
+
+def _by_region(values: Mapping[str, float], roi: Tensor, like: Tensor) -> Tensor:
+    table = like.new_tensor([values[region] for region in REGIONS])
+    return table[region_map(roi)]
+
+
+def _thinned(columns: Tensor) -> Tensor:
+    """At most ``VOXELS`` columns, evenly spaced."""
+    if columns.shape[1] <= VOXELS:
+        return columns
+    return columns[:, torch.linspace(0, columns.shape[1] - 1, VOXELS).long()]

@@ -1,0 +1,67 @@
+import json
+import math
+
+import lightning
+import pytest
+import torch
+
+from clinfuse.callbacks.calibration import FILE, CalibrationFit, read_calibration
+from clinfuse.methods.base import FusionMethod
+from clinfuse.methods.rules import Weighted
+
+
+class Loud(FusionMethod):
+    """A dim reference, further off in bone than elsewhere, with a spread of 0.05 everywhere."""
+
+    def fuse(self, batch):
+        return self.ensemble(batch).mean(0)
+
+    def ensemble(self, batch):
+        mean = 0.8 * batch.reference + torch.where(batch.truth()[2][:, 1:2], 0.1, 0.05)
+        return torch.stack([mean - 0.05 / math.sqrt(2), mean + 0.05 / math.sqrt(2)])
+
+    def registered_roi(self, batch):
+        return batch.truth()[2]
+
+
+def fit(method, folder, phantoms):
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[CalibrationFit(folder)], enable_checkpointing=False,
+    )  # fmt: skip
+    data = phantoms.data()
+    trainer.validate(method, datamodule=data, verbose=False)
+    return data
+
+
+def test_all_validation_cases_are_fitted_in_the_regions_where_the_method_places_them(
+    phantoms, tmp_path
+):
+    data = fit(Loud(), tmp_path, phantoms)
+    found = read_calibration(tmp_path)
+    assert list(found.case_ids) == list(data.splits["val"])
+    assert found.misregistration_mm == data.val_misregistration_mm
+    data.setup("validate")
+    errors = {"brain": [], "bone": []}
+    for batch in data.val_dataloader():
+        roi = batch.truth()[2]
+        error = (Loud().fuse(batch) - batch.reference).abs()
+        errors["brain"].append(error[roi[:, 0:1]])
+        errors["bone"].append(error[roi[:, 1:2] & ~roi[:, 0:1]])
+    for region, of_cases in errors.items():
+        error = torch.cat(of_cases)
+        expected = error.square().mean().sqrt().item() / 0.055  # spread and floor
+        assert found.std_scale[region] == pytest.approx(expected, rel=0.05)
+        assert found.quantile[region] == pytest.approx(error.quantile(0.9).item() / 0.055, rel=0.05)
+
+
+def test_a_method_of_one_draw_has_nothing_to_calibrate(phantoms, tmp_path):
+    fit(Weighted(0.5), tmp_path, phantoms)
+    assert list(tmp_path.iterdir()) == [] and read_calibration(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({"level": 0.9}), "[]"])
+def test_a_file_that_is_no_calibration_is_refused_by_name(content, tmp_path):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"expected a calibration, got .*calibration\.json"):
+        read_calibration(tmp_path)

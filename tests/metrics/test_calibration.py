@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from clinfuse.functional.calibration import coverage
+from clinfuse.metrics.calibration import FLOOR, Calibration, CalibrationSample, region_map
+
+SHAPE = (1, 12, 40, 40)
+TRUE_SCALE = {"brain": 2.0, "bone": 3.0, "rest": 0.5}
+
+
+def study(generator, shape=SHAPE):
+    """Masks that overlap, a spread, and normal errors whose size is the spread times a factor."""
+    roi = torch.zeros(3, *shape[1:], dtype=torch.bool)
+    roi[0, :, :18], roi[1, :, 16:30] = True, True
+    spread = 0.02 + 0.1 * torch.rand(shape, generator=generator)
+    factor = torch.tensor([*TRUE_SCALE.values()])[region_map(roi[None])[0]]
+    error = factor * (spread + FLOOR) * torch.randn(shape, generator=generator)
+    return error, spread, roi
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture
+def fitted(generator):
+    sample = CalibrationSample(level=0.9)
+    for case in range(3):
+        sample.update(f"case_{case}", *study(generator))
+    return sample.fit(2.0)
+
+
+def test_the_scale_of_each_region_is_found(fitted):
+    for region, scale in TRUE_SCALE.items():
+        assert fitted.std_scale[region] == pytest.approx(scale, rel=0.03)
+        assert fitted.quantile[region] == pytest.approx(1.6449 * scale, rel=0.03)
+    assert list(fitted.case_ids) == ["case_0", "case_1", "case_2"]
+    assert fitted.misregistration_mm == 2.0 and fitted.temperature is None
+
+
+def test_intervals_cover_new_cases_as_promised_in_every_region(fitted, generator):
+    error, spread, roi = study(generator)
+    fused = torch.zeros_like(error)
+    low, high = fitted.interval(fused[None], spread[None], roi[None])
+    for region in range(3):
+        mask = region_map(roi[None]) == region
+        # truth = fused - error, and the clamp to [-1, 1] takes nothing away at errors below 1
+        assert coverage(-error[None], low, high, mask).item() == pytest.approx(0.9, abs=0.02)
+
+
+def test_the_calibrated_std_is_the_size_of_the_errors(fitted, generator):
+    error, spread, roi = study(generator)
+    std = fitted.std(spread[None], roi[None])[0]
+    assert (error / std).square().mean().sqrt().item() == pytest.approx(1, rel=0.03)
+
+
+def test_intervals_stay_in_model_space_and_hold_the_mean(fitted, generator):
+    _, spread, roi = study(generator)
+    fused = 2 * torch.rand((1, *SHAPE), generator=generator) - 1
+    low, high = fitted.interval(fused, 3 * spread[None], roi[None])
+    assert low.min() == -1 and high.max() == 1
+    assert (low <= fused).all() and (fused <= high).all()
+
+
+def test_a_region_that_no_validation_case_has_takes_what_all_voxels_say(generator):
+    error, spread, roi = study(generator)
+    roi[1] = False
+    sample = CalibrationSample()
+    sample.update("case", error, spread, roi)
+    fitted = sample.fit(0.0)
+    assert min(fitted.std_scale["brain"], fitted.std_scale["rest"]) < fitted.std_scale["bone"]
+    assert fitted.std_scale["bone"] < max(fitted.std_scale["brain"], fitted.std_scale["rest"])
+
+
+def test_large_cases_count_no_more_than_others(generator):
+    small, large = study(generator), study(generator, (1, 24, 80, 80))
+    louder = (3 * large[0], *large[1:])
+    sample = CalibrationSample()
+    sample.update("small", *small)
+    sample.update("large", *louder)
+    both = sample.fit(0.0).std_scale["brain"]
+    sizes = [min(12 * 18 * 40, 20_000), min(24 * 18 * 80, 20_000)]
+    expected = 2 * ((sizes[0] + 9 * sizes[1]) / sum(sizes)) ** 0.5
+    assert both == pytest.approx(expected, rel=0.03)
+
+
+def test_the_temperature_undoes_overconfidence(generator):
+    logits = 2 * torch.randn(SHAPE, generator=generator)
+    lesion = torch.rand(SHAPE, generator=generator) < torch.sigmoid(logits)
+    sample = CalibrationSample()
+    sample.update("case", *study(generator))
+    sample.update_lesion(torch.sigmoid(3 * logits), lesion, torch.ones_like(lesion))
+    fitted = sample.fit(0.0)
+    assert fitted.temperature == pytest.approx(3, rel=0.05)
+    inside = logits.abs() < 4  # probabilities are cut at 1e-6 before their logit is taken
+    torch.testing.assert_close(
+        fitted.probability(torch.sigmoid(3 * logits)[None])[0][inside],
+        torch.sigmoid(3 * logits / fitted.temperature)[inside],
+        atol=1e-3, rtol=0,
+    )  # fmt: skip
+
+
+def test_without_a_lesion_head_probabilities_stay_as_they_are():
+    calibration = Calibration(0.9, {}, {}, None, [], 0.0)
+    probability = torch.rand(1, *SHAPE)
+    assert calibration.probability(probability) is probability
+
+
+def test_nothing_can_be_fitted_on_no_case():
+    with pytest.raises(ValueError, match="expected validation cases"):
+        CalibrationSample().fit(0.0)
