@@ -7,18 +7,28 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from clinfuse.functional.surface import NO_SURFACE_MM
 from clinfuse.methods.base import FusionMethod
-from clinfuse.metrics.calibration import Calibration
+from clinfuse.metrics.calibration import Calibration, Reliability
 from clinfuse.metrics.suite import Row, case_metrics
-from clinfuse.reporting.figures import save_figures
+from clinfuse.reporting.figures import reliability_figure, save_figures
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.rows import case_rows, write_rows
-from clinfuse.reporting.tables import headline, print_table
+from clinfuse.reporting.tables import CALIBRATION_SCORES, headline, print_table
 from clinfuse.reporting.views import CaseView
 from clinfuse.types import FusionBatch
+
+RELIABILITY_TEXT = (
+    "Voxels of all test cases, grouped by the error that the uncertainty states for them. On the "
+    "dashed line it is the error found; above it the uncertainty says too little. The calibration "
+    "was fitted on validation cases."
+)
+
+_NO_CHIPS = frozenset({"uce", "ence", "uce_raw", "ence_raw", "ause", "width", "ece", "brier"})
+"""Scores of many voxels together that say little of one case."""
 
 
 class CaseRecorder(Callback):
@@ -65,6 +75,10 @@ class CaseRecorder(Callback):
         self.pictures_of, self.pictures_at_mm = pictures_of or method, pictures_at_mm
         self.lesion_head, self.calibration, self.title = lesion_head, calibration, title
         self.facts = dict(facts or {})
+        self.reliability: dict[str, dict[str, Reliability]] = {
+            region: {"as stated": Reliability(), "calibrated": Reliability()}
+            for region in ("Brain", "Bone")
+        }
         self.rows: list[dict[str, Any]] = []
         self.views: list[CaseView] = []
 
@@ -100,6 +114,8 @@ class CaseRecorder(Callback):
         scores = case_metrics(
             fused, batch, probability, spread, calibration=self.calibration, roi=roi
         )
+        if self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer):
+            self._take_reliability(batch, fused, spread, roi)
         for index, (case_id, case_scores) in enumerate(zip(batch.case_id, scores, strict=True)):
             self.rows += case_rows(
                 case_scores,
@@ -120,22 +136,50 @@ class CaseRecorder(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_rows(self.folder / "cases.csv", self.rows)
         table = headline(self.rows)
-        save_figures(self.folder / "figures", self.views, table, self.pictures_of)
+        tables, charts = {"Fusion quality under misregistration": table}, self._charts()
+        if any(row["metric"] == "coverage" for row in self.rows):
+            tables["Calibration of the uncertainty"] = headline(self.rows, CALIBRATION_SCORES)
+        save_figures(self.folder / "figures", self.views, table, self.pictures_of, charts)
         report = write_report(
             self.folder / "report.html",
             self.title,
             self.views,
-            {"Fusion quality under misregistration": table},
+            tables,
             self.facts,
             self.pictures_of,
+            {name.capitalize(): (figure, RELIABILITY_TEXT) for name, figure in charts.items()},
         )
         print_table(table, self.title)
         return report
 
-    def _wants_picture(self, trainer: Trainer, amplitude_mm: float) -> bool:
+    def _charts(self) -> dict[str, Figure]:
+        """The reliability diagram by its file's name, where a calibration was applied."""
+        points = {
+            region: {kind: seen.points().numpy() for kind, seen in kinds.items()}
+            for region, kinds in self.reliability.items()
+        }
+        if not any(len(part["calibrated"]) for part in points.values()):
+            return {}
+        return {"reliability": reliability_figure(points)}
+
+    def _take_reliability(
+        self, batch: FusionBatch, fused: Tensor, spread: Tensor | None, placed: Tensor | None
+    ) -> None:
+        if self.calibration is None or spread is None or batch.reference is None:
+            return
+        assert placed is not None
+        error, roi = fused - batch.reference, batch.truth()[2]
+        stds = {"as stated": spread, "calibrated": self.calibration.std(spread, placed)}
+        for channel, kinds in enumerate(self.reliability.values()):
+            for kind, std in stds.items():
+                kinds[kind].update(std, error, roi[:, channel : channel + 1])
+
+    def _shown_mm(self, trainer: Trainer) -> float:
         tested = trainer.datamodule.misregistration_mm  # type: ignore[attr-defined]
-        at_mm = self.pictures_at_mm if self.pictures_at_mm in tested else tested[0]
-        is_shown = self.method == self.pictures_of and amplitude_mm == at_mm
+        return self.pictures_at_mm if self.pictures_at_mm in tested else tested[0]
+
+    def _wants_picture(self, trainer: Trainer, amplitude_mm: float) -> bool:
+        is_shown = self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer)
         return is_shown and len(self.views) < self.pictures
 
 
@@ -172,7 +216,9 @@ def case_view(
         lesion=masks[2] if masks[2].any() else None,
         bone=masks[1],
         caption=caption,
-        scores={f"{roi} {metric}": value for roi, metric, value in scores},
+        scores={
+            f"{roi} {metric}": value for roi, metric, value in scores if metric not in _NO_CHIPS
+        },
     )
 
 

@@ -149,6 +149,40 @@ class CalibrationSample:
         return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
+class Reliability:
+    """Errors found where errors of a size were stated, streaming over cases.
+
+    Bins of the stated standard deviation are evenly spaced in its logarithm, from ``FLOOR`` to 1.
+
+    Args:
+        bins: how many.
+        fewest: voxels that a bin needs to be shown.
+    """
+
+    def __init__(self, bins: int = 16, fewest: int = 200) -> None:
+        self.edges = torch.logspace(math.log10(FLOOR), 0, bins + 1, dtype=torch.float64)[1:-1]
+        self.fewest = fewest
+        self.sums = torch.zeros(3, bins, dtype=torch.float64)
+
+    def update(
+        self,
+        std: Float[Tensor, "b 1 *dhw"],
+        error: Float[Tensor, "b 1 *dhw"],
+        mask: Bool[Tensor, "b 1 *dhw"],
+    ) -> None:
+        """Take in the mask's voxels."""
+        stated, found = (volume[mask].double().cpu() for volume in (std, error))
+        where = torch.bucketize(stated, self.edges)
+        columns = torch.stack([torch.ones_like(stated), stated.square(), found.square()])
+        self.sums.index_add_(1, where, columns)
+
+    def points(self) -> Float[Tensor, "n 2"]:
+        """Root mean square stated and found of each bin with voxels enough."""
+        enough = self.sums[0] >= self.fewest
+        count, stated, found = self.sums[:, enough]
+        return torch.stack([stated / count, found / count], 1).sqrt()
+
+
 def region_map(roi: Bool[Tensor, "b r *dhw"]) -> Int[Tensor, "b 1 *dhw"]:
     """Index into ``REGIONS`` at every voxel; brain before bone where masks overlap."""
     brain, bone = roi[:, 0:1], roi[:, 1:2]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -103,13 +104,55 @@ def robustness_figure(
     return figure
 
 
+def reliability_figure(
+    points: Mapping[str, Mapping[str, Float[np.ndarray, "n 2"]]],
+) -> Figure:
+    """Error found against error stated, root mean squares in bins: one panel a region.
+
+    On the diagonal an uncertainty says the truth; above it, it says too little.
+
+    Args:
+        points: by region, then by kind (before and after calibration, say; the last one is set
+            off), the stated and the found of each bin, in model space.
+    """
+    figure = Figure(figsize=(3.6 * len(points), 3.5), layout="constrained")
+    found = [part for kinds in points.values() for part in kinds.values() if len(part)]
+    low, high = (0.005, 1.0)
+    if found:
+        values = np.concatenate(found)
+        low, high = 0.8 * values[values > 0].min(initial=1.0), 1.25 * values.max()
+    line = figure.subplots(1, len(points), squeeze=False)[0]
+    for axes, (region, kinds) in zip(line, points.items(), strict=True):
+        axes.plot([low, high], [low, high], color=QUIET, lw=0.8, ls=(0, (4, 3)))
+        for number, (kind, part) in enumerate(kinds.items()):
+            is_last = number == len(kinds) - 1
+            colour = ACCENT if is_last else SERIES[number]
+            style: dict[str, Any] = {"lw": 2.2 if is_last else 1.2, "ms": 4 if is_last else 3}
+            marker = "o" if is_last else _MARKERS[1 + number]
+            axes.plot(part[:, 0], part[:, 1], color=colour, marker=marker, label=kind, **style)
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.set_title(region, loc="left", fontsize=10, color=INK, pad=8)
+        axes.set_xlabel("stated error (s.d.)", fontsize=8, color=QUIET)
+        axes.set_ylabel("error found (r.m.s.)", fontsize=8, color=QUIET)
+        axes.tick_params(labelsize=8, colors=QUIET, length=2, pad=3, which="major")
+        axes.tick_params(length=0, labelsize=0, which="minor", labelcolor="none")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(QUIET)
+        axes.grid(color=QUIET, alpha=0.18, lw=0.6)
+    line[0].legend(fontsize=8, frameon=False, loc="upper left", labelcolor=INK)
+    return figure
+
+
 def save_figures(
     folder: str | Path,
     cases: Sequence[CaseView],
     table: pd.DataFrame | None = None,
     highlight: str | None = None,
+    charts: Mapping[str, Figure] | None = None,
 ) -> list[Path]:
     """Write ``<case_id>.png`` for each case, and ``robustness.png`` for a headline table.
+
+    Each of ``charts`` is written beside them, as ``<name>.png``.
 
     Cases share the scales of difference and spread. Each file is at most 300 kB: resolution falls
     until it is. Letters that a file name should not have become ``_``; a name that comes twice is
@@ -119,11 +162,15 @@ def save_figures(
         The paths written, cases first.
     """
     highs = shared_scales(cases)
+    charts = dict(charts or {})
     figures: dict[str, Figure] = {}
     for view in cases:
-        figures[_free_name(view.case_id, {*figures, "robustness"})] = case_figure(view, *highs)
+        figures[_free_name(view.case_id, {*figures, *charts, "robustness"})] = case_figure(
+            view, *highs
+        )
     if table is not None and headline_scores(table):
         figures["robustness"] = robustness_figure(table, highlight)
+    figures |= charts
     return [
         write_atomically(Path(folder) / f"{name}.png", figure_png(figure))
         for name, figure in figures.items()

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from clinfuse.reporting.atomic import write_atomically
 from clinfuse.reporting.figures import (
@@ -70,6 +71,7 @@ def write_report(
     tables: Mapping[str, pd.DataFrame],
     run_facts: Mapping[str, Any],
     highlight: str | None = None,
+    charts: Mapping[str, tuple[Figure, str]] | None = None,
     largest_bytes: int = LARGEST_REPORT_BYTES,
 ) -> Path:
     """Write the report of a run as one self-contained HTML file, atomically.
@@ -86,6 +88,7 @@ def write_report(
         run_facts: what is worth knowing about the run (preset, alpha, beta, gamma, data, split,
             seed, versions, commit), by name; values are shown as text.
         highlight: the method that tables and curves set off, usually ours.
+        charts: by heading, a figure and the sentence that says how to read it.
         largest_bytes: of the file.
 
     Returns:
@@ -103,6 +106,10 @@ def write_report(
         "facts": {name: str(value) for name, value in run_facts.items()},
         "tables": [_table_context(name, table, highlight) for name, table in tables.items()],
         "highlight": highlight,
+        "charts": {
+            name: {"svg": Markup(figure_svg(figure, _SVG_COLOURS)), "text": text}
+            for name, (figure, text) in (charts or {}).items()
+        },
         "number_of_cases": len(cases),
     }
 

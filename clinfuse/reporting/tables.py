@@ -22,6 +22,18 @@ from clinfuse.reporting.rows import Rows, as_rows
 HEADLINE_SCORES = (("bone", "psnr"), ("brain", "ssim"), ("whole", "ssim"))
 """The three scores of the headline table, as (roi, metric)."""
 
+CALIBRATION_SCORES = (
+    ("brain", "coverage"),
+    ("bone", "coverage"),
+    ("whole", "ence_raw"),
+    ("whole", "ence"),
+    ("whole", "ause"),
+)
+"""What a reader asks of an uncertainty: do intervals hold, is its size right, is its order."""
+
+NEITHER_IS_BETTER = frozenset({"coverage"})
+"""Metrics with an aim of their own, of which none is best: coverage should be the level."""
+
 LOWER_IS_BETTER = frozenset(
     {"hd95", "mae", "mse", "rmse", "ause", "nll", "lpips", "width"}
     | {name + suffix for name in ("ece", "brier", "uce", "ence") for suffix in ("", "_raw")}
@@ -35,6 +47,7 @@ _DASH = "\N{EN DASH}"
 _VARIANTS = ("preset", "mask_source", "steps")
 _GROUPS = ("method", "misregistration_mm")
 _UNITS = {"psnr": "dB", "hd95": "mm"}
+_NAMES = {"dice": "Dice", "ence_raw": "ENCE before calibration"}
 
 
 class Cell(NamedTuple):
@@ -182,7 +195,7 @@ def score_label(roi: str, metric: str) -> str:
     """A score as a reader expects it: ``Bone PSNR (dB)``."""
     unit = f" ({_UNITS[metric]})" if metric in _UNITS else ""
     name = metric.upper() if len(metric) <= 4 or metric == "hd95" else metric.replace("_", " ")
-    name = "Dice" if metric == "dice" else name
+    name = _NAMES.get(metric, name)
     return f"{roi.capitalize()} {name}{unit}"
 
 
@@ -198,6 +211,8 @@ def score_cells(table: pd.DataFrame, roi: str, metric: str) -> dict[str, list[Ce
     amplitudes = amplitudes_mm(table, roi, metric)
     means = part.xs("mean", axis=1, level=1).round(decimals)
     best = (means.min() if metric in LOWER_IS_BETTER else means.max()).to_numpy(float)
+    if metric in NEITHER_IS_BETTER:
+        best = np.full(len(best), np.nan)
     most = float(part.xs("n", axis=1, level=1).to_numpy(float, na_value=0).max())
     return {
         str(method): [

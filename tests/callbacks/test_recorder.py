@@ -8,6 +8,7 @@ from clinfuse.functional.psnr import psnr
 from clinfuse.functional.surface import dice
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.rules import MaskComposite, Weighted
+from clinfuse.metrics.calibration import Calibration
 from clinfuse.reporting.rows import CASE_COLUMNS
 
 AMPLITUDES = [0.0, 2.0]
@@ -206,3 +207,29 @@ def test_a_summary_is_mean_and_standard_deviation_and_one_draw_has_no_spread():
     apart = (images - images.mean(0)).square().sum(0) / 4
     torch.testing.assert_close(spread, apart.sqrt())
     assert summarise(draws[:1])[1] is None
+
+
+def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(tmp_path, data):
+    calibration = Calibration(
+        level=0.9,
+        std_scale={"brain": 0.5, "bone": 2.0, "rest": 1.0},
+        quantile={"brain": 1.0, "bone": 9.0, "rest": 2.0},
+        temperature=None,
+        case_ids=["case_002"],
+        misregistration_mm=2.0,
+    )
+    recorder = recorder_in(tmp_path, method="curious", calibration=calibration)
+    rows = scored({"curious": Curious()}, recorder, data)
+    brain, bone = (
+        rows[(rows["roi"] == r) & (rows["metric"] == "width")] for r in ("brain", "bone")
+    )
+    assert brain["value"].max() < bone["value"].min()
+    text = recorder.write().read_text("utf-8")
+    assert "Calibration of the uncertainty" in text and "Reliability" in text
+    assert (tmp_path / "figures" / "reliability.png").is_file()
+    assert "ENCE before calibration" in text and "<dt>bone ence" not in text
+
+    plain = recorder_in(tmp_path / "plain", method="curious")
+    scored({"curious": Curious()}, plain, data)
+    assert "Reliability" not in plain.write().read_text("utf-8")
+    assert not (tmp_path / "plain" / "figures" / "reliability.png").exists()

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from clinfuse.functional.calibration import coverage
-from clinfuse.metrics.calibration import FLOOR, Calibration, CalibrationSample, region_map
+from clinfuse.metrics.calibration import (
+    FLOOR,
+    Calibration,
+    CalibrationSample,
+    Reliability,
+    region_map,
+)
 
 SHAPE = (1, 12, 40, 40)
 TRUE_SCALE = {"brain": 2.0, "bone": 3.0, "rest": 0.5}
@@ -110,3 +116,32 @@ def test_without_a_lesion_head_probabilities_stay_as_they_are():
 def test_nothing_can_be_fitted_on_no_case():
     with pytest.raises(ValueError, match="expected validation cases"):
         CalibrationSample().fit(0.0)
+
+
+def test_reliability_lies_on_the_diagonal_for_an_honest_std_and_streams_over_cases(generator):
+    std = 0.01 * 10 ** torch.rand((4, 1, 8, 40, 40), generator=generator)
+    error = std * torch.randn(std.shape, generator=generator)
+    mask = torch.rand(std.shape, generator=generator) > 0.3
+    streamed, at_once = Reliability(), Reliability()
+    at_once.update(std, error, mask)
+    for case in range(len(std)):
+        streamed.update(*(v[case : case + 1] for v in (std, error, mask)))
+    torch.testing.assert_close(streamed.points(), at_once.points())
+    stated, found = at_once.points().unbind(1)
+    assert len(stated) >= 5 and (stated.diff() > 0).all()
+    torch.testing.assert_close(found, stated, rtol=0.08, atol=0)  # 200 voxels or more a bin
+    loud = Reliability()
+    loud.update(std / 2, error, mask)
+    stated, found = loud.points().unbind(1)
+    torch.testing.assert_close(found, 2 * stated, rtol=0.08, atol=0)
+
+
+def test_reliability_shows_no_bin_of_a_few_voxels_and_none_outside_the_mask():
+    seen = Reliability(fewest=200)
+    std = torch.full((1, 1, 4, 10, 10), 0.1)
+    std[:, :, 0] = 0.5
+    mask = torch.ones_like(std, dtype=torch.bool)
+    seen.update(std, 2 * std, mask)
+    assert seen.points().tolist() == [pytest.approx([0.1, 0.2])]
+    seen.update(std, std, ~mask)
+    assert seen.points().tolist() == [pytest.approx([0.1, 0.2])]

@@ -14,6 +14,7 @@ from clinfuse.reporting.figures import (
     case_figure,
     figure_png,
     figure_svg,
+    reliability_figure,
     robustness_figure,
     save_figures,
 )
@@ -156,3 +157,25 @@ def test_svg_for_a_page_has_no_link_and_takes_the_pages_colours(table):
     ids = re.findall(r' id="([^"]+)"', svg)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', svg)) <= set(ids)
+
+
+def test_reliability_shows_what_was_found_against_what_was_stated_on_one_scale():
+    stated = np.array([0.01, 0.05, 0.2])
+    points = {
+        "Brain": {"as stated": np.stack([stated, 2 * stated], 1), "calibrated": np.empty((0, 2))},
+        "Bone": {"as stated": np.empty((0, 2)), "calibrated": np.stack([stated, stated], 1)},
+    }
+    brain, bone = (axes for axes in reliability_figure(points).axes)
+    for axes, kind, factor in ((brain, "as stated", 2), (bone, "calibrated", 1)):
+        (line,) = (line for line in axes.lines if line.get_label() == kind)
+        np.testing.assert_allclose(line.get_ydata(), factor * np.asarray(line.get_xdata()))
+        assert len(line.get_xdata()) == 3
+        assert axes.get_xlim() == axes.get_ylim() == brain.get_xlim()
+    low, high = brain.get_xlim()
+    assert low < 0.01 and high > 0.4
+
+
+def test_charts_are_written_beside_the_cases_under_their_names(tmp_path, table):
+    chart = Figure()
+    written = save_figures(tmp_path, [noisy_case("chart")], table, charts={"chart": chart})
+    assert [path.name for path in written] == ["chart_2.png", "robustness.png", "chart.png"]

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from clinfuse.reporting.figures import reliability_figure
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.rows import case_rows
 from clinfuse.reporting.tables import headline, score_cells
@@ -244,3 +245,12 @@ def test_an_old_report_is_replaced_whole(tmp_path):
     report(tmp_path, [case("old")])
     assert "old" not in Page(report(tmp_path, [case("new")])).text
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["report.html"]
+
+
+def test_a_chart_is_shown_under_its_heading_with_the_sentence_that_explains_it(tmp_path):
+    points = {"Bone": {"calibrated": np.array([[0.1, 0.1], [0.2, 0.3]])}}
+    charts = {"Reliability": (reliability_figure(points), "Above the line <b> too sure.")}
+    page = Page(report(tmp_path, [], charts=charts))
+    assert not page.open and not page.unbalanced
+    assert "Reliability" in page.text and "Above the line <b> too sure." in page.text
+    assert len(page.all("svg")) == 1

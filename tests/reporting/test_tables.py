@@ -9,6 +9,7 @@ from scipy import stats
 
 from clinfuse.reporting.rows import case_rows
 from clinfuse.reporting.tables import (
+    CALIBRATION_SCORES,
     amplitudes_mm,
     bootstrap_interval,
     footnote,
@@ -257,3 +258,13 @@ def test_a_run_without_headline_scores_has_an_empty_table():
     assert is_headline(table) and table.empty
     assert to_markdown(table) == footnote(table) + "\n" and "n = 0" in footnote(table)
     print_table(table)
+
+
+def test_no_coverage_is_best():
+    key = {"preset": "stroke", "mask_source": "expert", "steps": 0, "seed": 0}
+    key |= {"case_id": "a", "misregistration_mm": 0.0}
+    rows = []
+    for method, level in (("a", 0.9), ("b", 1.0)):
+        rows += case_rows([("bone", "coverage", level)], method=method, **key)
+    cells = score_cells(headline(rows, CALIBRATION_SCORES), "bone", "coverage")
+    assert [cells[m][0].is_best for m in "ab"] == [False, False]
