@@ -23,6 +23,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = _PACKAGE / "conf"
 _CHECKOUT = _PACKAGE.parent / "conf"
@@ -166,6 +167,20 @@ def with_other_guidance(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     if cfg.preset:
         merged.preset = cfg.preset
     return merged
+
+
+def is_sampled_as_trained(saved: DictConfig, folder: str | Path) -> bool:
+    """Whether a configuration samples as its run did: only then does the run's calibration hold.
+
+    Says so in the log where it does not.
+    """
+    own = run_config(folder)
+    same = saved.get("guidance") == own.get("guidance") and saved.get("preset") == own.get("preset")
+    if not same:
+        log.warning(
+            "other guidance than %s was calibrated with: its intervals are left out", folder
+        )
+    return same
 
 
 def choice_was_made(group: str) -> bool:

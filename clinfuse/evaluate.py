@@ -16,6 +16,7 @@ from clinfuse.configuration import (
     CONFIG_PATH,
     choice_was_made,
     in_one_sentence,
+    is_sampled_as_trained,
     quiet_libraries,
     register_resolvers,
     run_config,
@@ -86,7 +87,9 @@ def methods_of(
     """
     for folder in runs:
         saved = with_other_guidance(run_config(folder), cfg)
-        method, calibration = trained_method(folder, saved), read_calibration(folder)
+        method, calibration = trained_method(folder, saved), None
+        if is_sampled_as_trained(saved, folder):
+            calibration = read_calibration(folder)
         yield saved.method_name, saved.preset, saved.seed, method, calibration
     names = [HydraConfig.get().runtime.choices.get("method"), *cfg.baselines]
     for name in (name for name in names if name):

@@ -13,6 +13,7 @@ from clinfuse.callbacks.recorder import case_view, summarise
 from clinfuse.configuration import (
     CONFIG_PATH,
     in_one_sentence,
+    is_sampled_as_trained,
     quiet_libraries,
     register_resolvers,
     run_config,
@@ -34,7 +35,8 @@ register_resolvers()
 def main(cfg: DictConfig) -> None:
     """Write fused.nii.gz and uncertainty.nii.gz on the MRI's grid, and report.html.
 
-    A run that was calibrated also gives interval_low.nii.gz and interval_high.nii.gz.
+    A run that was calibrated also gives interval_low.nii.gz and interval_high.nii.gz, unless the
+    command line asks for other guidance, steps or members than it was calibrated with.
     """
     quiet_libraries()
     missing = [name for name in ("run", "mri", "ct", "out") if OmegaConf.is_missing(cfg, name)]
@@ -56,7 +58,8 @@ def main(cfg: DictConfig) -> None:
     study.write(out / "fused.nii.gz", fused[0])
     uncertainty = torch.zeros_like(fused) if spread is None else spread
     study.write(out / "uncertainty.nii.gz", uncertainty[0])
-    calibration = read_calibration(cfg.run)
+    is_own = is_sampled_as_trained(saved, cfg.run) and cfg.steps is None and cfg.members is None
+    calibration = read_calibration(cfg.run) if is_own else None
     if calibration is not None and spread is not None:
         bounds = calibration.interval(fused, spread, method.cpu().registered_roi(item))
         for name, bound in zip(("low", "high"), bounds, strict=True):

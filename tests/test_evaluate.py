@@ -54,6 +54,16 @@ def test_what_a_run_learned_of_its_uncertainty_is_applied_to_its_own_rows_alone(
             assert of_spread.empty and "ence_raw" not in set(scores["metric"])
 
 
+def test_under_other_guidance_the_runs_calibration_is_not_applied_and_the_log_says_so(
+    smoke_run, phantoms, tmp_path, caplog
+):
+    overrides = (f"run={smoke_run}", "guidance.eta=0.3", "misregistration_mm=[0]", "pictures=0")
+    main(phantoms.config(*overrides, name="evaluate", folder=tmp_path))
+    metrics = set(pd.read_csv(tmp_path / "cases.csv")["metric"])
+    assert "ence_raw" in metrics and not metrics & {"ence", "coverage"}
+    assert "other guidance than" in caplog.text
+
+
 def test_runs_of_two_seeds_both_count(rows):
     assert set(rows[rows["method"] == "clinfuse"]["seed"]) == {0, 7}
 

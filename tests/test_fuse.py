@@ -115,6 +115,7 @@ def test_steps_members_and_guidance_can_be_asked_for_and_masks_left_out(
     main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
     spread = nib.load(tmp_path / "out" / "uncertainty.nii.gz").get_fdata()
     assert (spread == 0).all()  # one member has no spread
+    assert not list((tmp_path / "out").glob("interval*"))
     report = (tmp_path / "out" / "report.html").read_text()
     assert "bone_tumor" in report and "lesion: absent" in report
 

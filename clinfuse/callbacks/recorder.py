@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
 from clinfuse.functional.surface import NO_SURFACE_MM
@@ -184,11 +187,16 @@ class CaseRecorder(Callback):
 
 
 class RunReport(CaseRecorder):
-    """The recorder of a training run: writes when its test has ended."""
+    """The recorder of a training run: writes when its test has ended, the chart to W&B as well."""
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.rows:
-            self.write()
+        if not self.rows:
+            return
+        self.write()
+        chart = self.folder / "figures" / "reliability.png"
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and chart.is_file():
+                logger.log_image("reliability", [np.asarray(Image.open(chart).convert("RGB"))])
 
 
 def case_view(

@@ -2,6 +2,8 @@ import lightning
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
 
 from clinfuse.callbacks.recorder import CaseRecorder, RunReport, case_view, summarise
 from clinfuse.functional.psnr import psnr
@@ -233,3 +235,23 @@ def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(t
     scored({"curious": Curious()}, plain, data)
     assert "Reliability" not in plain.write().read_text("utf-8")
     assert not (tmp_path / "plain" / "figures" / "reliability.png").exists()
+
+
+def test_the_reliability_diagram_of_a_training_run_reaches_wandb(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    regions = {"brain": 1.0, "bone": 1.0, "rest": 1.0}
+    calibration = Calibration(0.9, regions, regions, None, ["case_002"], 2.0)
+    report = RunReport(
+        tmp_path, preset="stroke", seed=3, method="curious", calibration=calibration, pictures=0
+    )
+    logger = WandbLogger(save_dir=tmp_path, project="clinfuse", offline=True)
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=logger, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[report], inference_mode=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.test(Curious(), datamodule=data, verbose=False)
+    logger.experiment.finish()
+    (logged,) = tmp_path.glob("wandb/offline-run-*/files/media/images/reliability*.png")
+    written = tmp_path / "figures" / "reliability.png"
+    assert Image.open(logged).size == Image.open(written).size
