@@ -64,6 +64,8 @@ def roi_guide(
     start: float = 1.0,
     end: float = 0.0,
     reference_std: float = 0.1,
+    early_loss: Callable[[Tensor], Tensor] | None = None,
+    early_until: float = 1.0,
 ) -> Guide:
     """The guide of Alg. 1 line 10: eta_eff * grad L_ROI + eta_u * grad U.
 
@@ -85,10 +87,22 @@ def roi_guide(
         start: highest noise level 1 - alpha_bar_t that is guided.
         end: lowest noise level that is guided.
         reference_std: spread at which Eq. 4's uncert is 1/2, in units of x_0.
+        early_loss: what stands for the loss at noise levels above ``early_until``: the loss without
+            the parts that cannot read an estimate so rough (Alg. 1 line 7). None is the loss
+            itself.
+        early_until: highest noise level at which the loss itself is taken.
     """
     if gradient not in ("full", "x0"):
         raise ValueError(f"expected gradient 'full' or 'x0', got {gradient!r}")
     use_spread = eta_u != 0 and members > 1
+
+    def loss_at(alpha_bar_t: Tensor) -> Callable[[Tensor], Tensor]:
+        is_early = 1 - alpha_bar_t > early_until
+        if early_loss is None or not is_early.any():
+            return loss
+        if is_early.all():
+            return early_loss
+        return lambda x0_hat: torch.where(is_early, early_loss(x0_hat), loss(x0_hat))
 
     def correction(x_t: Tensor, alpha_bar_t: Tensor, x0_hat: Tensor) -> Tensor:
         towards_x_t = x_t if gradient == "full" else None
@@ -98,7 +112,7 @@ def roi_guide(
             slope = loss_gradient(spread, x0_hat, towards_x_t, members, retain_graph=eta != 0)
             total = total + eta_u * slope
         if eta != 0:
-            slope = loss_gradient(loss, x0_hat, towards_x_t)
+            slope = loss_gradient(loss_at(alpha_bar_t), x0_hat, towards_x_t)
             total = total + _voxelwise_eta(eta, kappa, x0_hat, members, reference_std) * slope
         return total
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class Guidance:
         start: highest noise level 1 - alpha_bar_t that is guided.
         end: lowest noise level that is guided.
         reference_std: spread of r_0 at which Eq. 4's uncert is one half.
+        lesion_start: highest noise level at which the lesion head reads F (Alg. 1 line 7): 1 is
+            every step, 0.5 about the second half of them.
     """
 
     eta: float
@@ -62,6 +65,7 @@ class Guidance:
     start: float = 1.0
     end: float = 0.0
     reference_std: float = 1.0
+    lesion_start: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -210,13 +214,13 @@ class RoiDiffusion(FusionMethod):
         if settings.eta == 0 and settings.eta_u == 0:
             return None
 
-        def loss(x0_hat: Tensor) -> Tensor:
+        def loss(x0_hat: Tensor, lesion_head: nn.Module | None) -> Tensor:
             fused = anchor.mean + anchor.scale * x0_hat
             sources = (anchor.mri, anchor.ct, anchor.roi > 0.5)
-            return roi_loss(self.guidance_loss, fused, batch, *sources, self.lesion_head)
+            return roi_loss(self.guidance_loss, fused, batch, *sources, lesion_head)
 
         return roi_guide(
-            loss,
+            partial(loss, lesion_head=self.lesion_head),
             eta=settings.eta,
             eta_u=settings.eta_u,
             kappa=settings.kappa,
@@ -225,6 +229,8 @@ class RoiDiffusion(FusionMethod):
             start=settings.start,
             end=settings.end,
             reference_std=settings.reference_std,
+            early_loss=partial(loss, lesion_head=None),
+            early_until=settings.lesion_start,
         )
 
     # Training: Eq. 3 in three stages.

@@ -269,3 +269,28 @@ def test_a_loss_gradient_far_below_half_precision_survives_a_half_precision_deno
     x0_hat = (x_t.half() * 0.5).float()
     slope = loss_gradient(lambda x: 1e-12 * squared_error(x), x0_hat, x_t)
     torch.testing.assert_close(slope, unit(x0_hat - 0.7).detach(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("noise, expected", [(0.8, "early"), (0.5, "whole"), (0.2, "whole")])
+def test_the_early_loss_guides_above_its_level_and_the_whole_one_from_there_on(
+    noise, expected, x_t
+):
+    losses = {"whole": squared_error, "early": lambda x: x.flatten(1).sum(1)}
+    guide = roi_guide(
+        losses["whole"], 1.0, 0.0, None, gradient="x0",
+        early_loss=losses["early"], early_until=0.5,
+    )  # fmt: skip
+    got = guide(x_t, levels_like(x_t, 1 - noise), x_t)
+    alone = roi_guide(losses[expected], 1.0, 0.0, None, gradient="x0")
+    torch.testing.assert_close(got, alone(x_t, levels_like(x_t, 1 - noise), x_t))
+
+
+def test_each_case_has_the_loss_of_its_own_level(x_t):
+    guide = roi_guide(
+        squared_error, 1.0, 0.0, None, gradient="x0",
+        early_loss=lambda x: x.flatten(1).sum(1), early_until=0.5,
+    )  # fmt: skip
+    levels = torch.tensor([0.1, 0.9] * 3, dtype=torch.float64)
+    got = guide(x_t, levels, x_t)
+    torch.testing.assert_close(got[::2], torch.ones_like(got[::2]))
+    torch.testing.assert_close(got[1::2], unit(x_t - 0.7)[1::2])

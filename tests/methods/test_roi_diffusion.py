@@ -144,6 +144,19 @@ def test_gamma_guides_with_a_lesion_head_and_has_nothing_to_guide_by_without_one
     assert (with_gamma(0.0, head) - with_gamma(3.0, head)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("lesion_start, calls", [(1.0, 4), (0.6, 2), (0.0, 0)])
+def test_the_lesion_head_reads_every_step_or_those_from_a_level_on(
+    phantoms, head, lesion_start, calls
+):
+    seen = []
+    head.register_forward_hook(lambda *_: seen.append(1))
+    overrides = (f"guidance.lesion_start={lesion_start}", "guidance.gamma=3.0")
+    method = phantoms.method("clinfuse", *overrides, steps=4).eval()
+    method.lesion_head = head
+    method.ensemble(phantoms.batch(case=7))
+    assert len(seen) == calls
+
+
 def test_sampling_leaves_no_gradient_anywhere(phantoms, head):
     method = phantoms.method("clinfuse", "guidance.gradient=full")
     method.lesion_head = head
