@@ -168,8 +168,7 @@ class RoiDiffusion(FusionMethod):
 
     def registered_roi(self, batch: FusionBatch) -> Bool[Tensor, "b r *dhw"]:
         """The masks, the CT's own moved with it by the anchor."""
-        with torch.no_grad():
-            return self.anchor(batch).roi > 0.5
+        return self.anchor.registered_roi(batch)
 
     def ensemble(self, batch: FusionBatch) -> Float[Tensor, "k b 1 *dhw"]:
         """``members`` samples of F, their noise drawn per case and moment-matched.

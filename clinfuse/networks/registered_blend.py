@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from clinfuse.functional.intensity import leaky_clamp
@@ -118,6 +118,17 @@ class RegisteredBlend(nn.Module):
         scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
         return Anchor(mean, scale, mri, ct, roi, weight, found)
 
+    @torch.no_grad()
+    def registered_roi(self, batch: FusionBatch) -> Bool[Tensor, "b r *dhw"]:
+        """The masks, the CT's own where the registration puts it: ``Anchor.roi`` cut at 1/2."""
+        if self.registration is None:
+            return batch.roi
+        roi = batch.roi.to(batch.ct.dtype)
+        brain, bone, lesion = roi.split(1, 1)
+        found = self.registration(batch.mri, batch.ct, brain, batch.spacing_mm)
+        bone = move(bone, found.motion, batch.spacing_mm)
+        return torch.cat([brain, bone, lesion], 1) > 0.5
+
     def _expected_error(
         self, weight: Tensor, mri: Tensor, ct: Tensor, lost: Tensor, batch: FusionBatch
     ) -> Tensor:
@@ -179,3 +190,7 @@ class NoAnchor(nn.Module):
             ct_weight=zeros,
             registration=None,
         )
+
+    def registered_roi(self, batch: FusionBatch) -> Bool[Tensor, "b r *dhw"]:
+        """The masks as given."""
+        return batch.roi

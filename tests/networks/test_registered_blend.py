@@ -50,6 +50,15 @@ def test_the_scale_stays_above_its_floor_and_starts_larger_at_edges_than_in_air(
     assert blend(batch).scale.max() < 0.1
 
 
+def test_the_registered_masks_are_those_of_the_anchor(phantoms):
+    batch = phantoms.batch(4.0)
+    blend = RegisteredBlend(NETWORK, registration()).eval()
+    assert torch.equal(blend.registered_roi(batch), blend(batch).roi > 0.5)
+    assert not torch.equal(blend.registered_roi(batch), batch.roi)
+    for still in (RegisteredBlend(NETWORK), NoAnchor()):
+        assert torch.equal(still.registered_roi(batch), batch.roi)
+
+
 def shift(voxels, spacing_mm):
     motion = torch.eye(4)[None]
     motion[0, 1, 3] = voxels * spacing_mm
