@@ -263,6 +263,6 @@ def test_it_is_known_whether_the_command_line_chose_the_data(overrides, made, ph
 
 def test_the_record_of_a_run_is_json_and_names_versions_and_commit():
     facts = json.loads(json.dumps(run_facts()))
-    assert facts["torch"] == torch.__version__
+    assert facts["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"clinfuse", "lightning", "monai", "python", "processor", "commit"} <= facts.keys()
     assert commit() == "unknown" or int(commit().split()[0], 16) >= 0

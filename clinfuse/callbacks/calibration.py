@@ -45,9 +45,8 @@ class CalibrationFit(Callback):
             return
         assert isinstance(pl_module, FusionMethod)
         roi = pl_module.registered_roi(batch)
-        error = fused - batch.reference
         for case, case_id in enumerate(batch.case_id):
-            self.sample.update(case_id, error[case], spread[case], roi[case])
+            self.sample.update(case_id, fused[case], batch.reference[case], spread[case], roi[case])
         head = getattr(pl_module, "lesion_head", None)
         if head is not None:
             probability = head(fused).float()

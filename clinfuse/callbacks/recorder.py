@@ -172,7 +172,7 @@ class CaseRecorder(Callback):
             return
         assert placed is not None
         error, roi = fused - batch.reference, batch.truth()[2]
-        stds = {"as stated": spread, "calibrated": self.calibration.std(spread, placed)}
+        stds = {"as stated": spread, "calibrated": self.calibration.std(fused, spread, placed)}
         for channel, kinds in enumerate(self.reliability.values()):
             for kind, std in stds.items():
                 kinds[kind].update(std, error, roi[:, channel : channel + 1])

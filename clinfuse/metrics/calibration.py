@@ -11,8 +11,12 @@ from torch import Tensor
 
 from clinfuse.functional.calibration import conformal_quantile, with_temperature
 
-REGIONS = ("brain", "bone", "rest")
-"""Where calibration differs: errors of bone and of brain are not of one kind."""
+REGIONS = ("brain", "bone", "tissue", "air")
+"""Where calibration differs: errors are not of one kind. What is neither brain nor bone is air
+where the fused image is as dark as air, else tissue: scalp, muscle, orbits."""
+
+AIR = -0.95
+"""Values of model space up to this are air."""
 
 FLOOR = 0.005
 """Spread below which no voxel is believed, in model space: air has none, and errors after all."""
@@ -29,7 +33,8 @@ class Calibration:
 
     Attributes:
         level: share of voxels that an interval should cover.
-        std_scale: factor by region that makes the mean variance the mean squared error.
+        std_scale: factor by region that makes the mean variance the mean squared error; the median
+            over cases, so that one patient that went wrong does not rule.
         quantile: conformal half-width of the interval by region, in units of the spread.
         temperature: of the lesion probability; None where no head predicted any.
         case_ids: what it was fitted on.
@@ -44,10 +49,13 @@ class Calibration:
     misregistration_mm: float
 
     def std(
-        self, spread: Float[Tensor, "b 1 *dhw"], roi: Bool[Tensor, "b r *dhw"]
+        self,
+        fused: Float[Tensor, "b 1 *dhw"],
+        spread: Float[Tensor, "b 1 *dhw"],
+        roi: Bool[Tensor, "b r *dhw"],
     ) -> Float[Tensor, "b 1 *dhw"]:
-        """The calibrated standard deviation of the predictive mean's error."""
-        return (spread + FLOOR) * _by_region(self.std_scale, roi, spread)
+        """The calibrated standard deviation of the predictive mean's error; as ``interval``."""
+        return (spread + FLOOR) * _by_region(self.std_scale, roi, fused)
 
     def interval(
         self,
@@ -60,9 +68,9 @@ class Calibration:
         Args:
             fused: predictive mean.
             spread: ensemble standard deviation.
-            roi: masks as the method places them: brain and bone decide the region.
+            roi: masks as the method places them; with ``fused`` they decide the region.
         """
-        half = (spread + FLOOR) * _by_region(self.quantile, roi, spread)
+        half = (spread + FLOOR) * _by_region(self.quantile, roi, fused)
         return (fused - half).clamp(-1, 1), (fused + half).clamp(-1, 1)
 
     def probability(self, probability: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
@@ -88,16 +96,18 @@ class CalibrationSample:
     def update(
         self,
         case_id: str,
-        error: Float[Tensor, "1 *dhw"],
+        fused: Float[Tensor, "1 *dhw"],
+        reference: Float[Tensor, "1 *dhw"],
         spread: Float[Tensor, "1 *dhw"],
         roi: Bool[Tensor, "r *dhw"],
     ) -> None:
-        """Take in one case: predictive mean minus reference, spread, and masks as placed."""
+        """Take in one case: predictive mean, what it should be, spread, and masks as placed."""
         self.case_ids.append(case_id)
-        region = region_map(roi[None])[0]
-        pair = torch.stack([error, spread + FLOOR]).float().cpu()
+        region = region_map(roi[None], fused[None])[0].cpu()
+        pair = torch.stack([fused - reference, spread + FLOOR]).float().cpu()
         for index, name in enumerate(REGIONS):
-            self._found[name].append(_thinned(pair[:, region.cpu() == index]))
+            if (region == index).any():
+                self._found[name].append(_thinned(pair[:, region == index]))
 
     def update_lesion(
         self,
@@ -116,13 +126,14 @@ class CalibrationSample:
         """
         if not self.case_ids:
             raise ValueError("expected validation cases to calibrate on, got none")
-        everywhere = torch.cat([part for parts in self._found.values() for part in parts], 1)
+        everywhere = [part for parts in self._found.values() for part in parts]
         scale, quantile = {}, {}
         for region, parts in self._found.items():
-            here = torch.cat(parts, 1)
-            error, spread = here if here.numel() else everywhere  # a region that no case has
-            scale[region] = float((error.square().mean() / spread.square().mean()).sqrt())
-            quantile[region] = conformal_quantile(error.abs() / spread, self.level)
+            here = parts or everywhere  # a region that no case has
+            ratios = [(error.square().sum() / std.square().sum()).sqrt() for error, std in here]
+            scale[region] = float(torch.stack(ratios).quantile(0.5))
+            error, std = torch.cat(here, 1)
+            quantile[region] = conformal_quantile(error.abs() / std, self.level)
         return Calibration(
             level=self.level,
             std_scale=scale,
@@ -183,15 +194,17 @@ class Reliability:
         return torch.stack([stated / count, found / count], 1).sqrt()
 
 
-def region_map(roi: Bool[Tensor, "b r *dhw"]) -> Int[Tensor, "b 1 *dhw"]:
+def region_map(
+    roi: Bool[Tensor, "b r *dhw"], fused: Float[Tensor, "b 1 *dhw"]
+) -> Int[Tensor, "b 1 *dhw"]:
     """Index into ``REGIONS`` at every voxel; brain before bone where masks overlap."""
-    brain, bone = roi[:, 0:1], roi[:, 1:2]
-    return torch.where(brain, 0, torch.where(bone, 1, 2))
+    outside = torch.where(fused > AIR, REGIONS.index("tissue"), REGIONS.index("air"))
+    return torch.where(roi[:, 0:1], 0, torch.where(roi[:, 1:2], 1, outside))
 
 
-def _by_region(values: Mapping[str, float], roi: Tensor, like: Tensor) -> Tensor:
-    table = like.new_tensor([values[region] for region in REGIONS])
-    return table[region_map(roi)]
+def _by_region(values: Mapping[str, float], roi: Tensor, fused: Tensor) -> Tensor:
+    table = fused.new_tensor([values[region] for region in REGIONS])
+    return table[region_map(roi, fused)]
 
 
 def _thinned(columns: Tensor) -> Tensor:

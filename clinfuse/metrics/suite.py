@@ -17,15 +17,12 @@ from clinfuse.functional.psnr import psnr
 from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import dice, hd95, nsd
-from clinfuse.metrics.calibration import Calibration
+from clinfuse.metrics.calibration import AIR, Calibration
 from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
 from clinfuse.types import FusionBatch
 
 Row = tuple[str, str, float]
 """One measurement of one case: (roi, metric, value), NaN where it is undefined."""
-
-AIR = -0.95
-"""Reference values up to this are air around the head."""
 
 
 def case_metrics(
@@ -156,7 +153,7 @@ def _calibration(
             (name, "ence_raw"): ence(spread, error, mask),
         }
         if calibration is not None:
-            std = calibration.std(spread, placed)
+            std = calibration.std(fused, spread, placed)
             low, high = calibration.interval(fused, spread, placed)
             columns |= {
                 (name, "uce"): uce(std, error, mask),

@@ -10,7 +10,7 @@ from clinfuse.functional.psnr import psnr
 from clinfuse.functional.surface import dice
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.rules import MaskComposite, Weighted
-from clinfuse.metrics.calibration import Calibration
+from clinfuse.metrics.calibration import REGIONS, Calibration
 from clinfuse.reporting.rows import CASE_COLUMNS
 
 AMPLITUDES = [0.0, 2.0]
@@ -214,8 +214,8 @@ def test_a_summary_is_mean_and_standard_deviation_and_one_draw_has_no_spread():
 def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(tmp_path, data):
     calibration = Calibration(
         level=0.9,
-        std_scale={"brain": 0.5, "bone": 2.0, "rest": 1.0},
-        quantile={"brain": 1.0, "bone": 9.0, "rest": 2.0},
+        std_scale={"brain": 0.5, "bone": 2.0, "tissue": 1.0, "air": 1.0},
+        quantile={"brain": 1.0, "bone": 9.0, "tissue": 2.0, "air": 2.0},
         temperature=None,
         case_ids=["case_002"],
         misregistration_mm=2.0,
@@ -240,7 +240,7 @@ def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(t
 def test_the_reliability_diagram_of_a_training_run_reaches_wandb(tmp_path, data, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    regions = {"brain": 1.0, "bone": 1.0, "rest": 1.0}
+    regions = dict.fromkeys(REGIONS, 1.0)
     calibration = Calibration(0.9, regions, regions, None, ["case_002"], 2.0)
     report = RunReport(
         tmp_path, preset="stroke", seed=3, method="curious", calibration=calibration, pictures=0

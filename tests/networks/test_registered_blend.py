@@ -16,6 +16,13 @@ def registration():
     return SynthesisRegistration(3, features=(16,) * 6)
 
 
+def knowing(motion):
+    """A registration that finds this motion, whatever it is shown."""
+    network = registration()
+    network.forward = lambda mri, ct, *_: Registration(motion, ct, torch.zeros_like(ct))
+    return network
+
+
 @pytest.mark.parametrize("registration", [None, registration()], ids=["as_it_lies", "registered"])
 def test_an_untrained_blend_is_the_mask_composite_of_the_registered_sources(phantoms, registration):
     batch = phantoms.batch(2.0)
@@ -52,7 +59,7 @@ def test_the_scale_stays_above_its_floor_and_starts_larger_at_edges_than_in_air(
 
 def test_the_registered_masks_are_those_of_the_anchor(phantoms):
     batch = phantoms.batch(4.0)
-    blend = RegisteredBlend(NETWORK, registration()).eval()
+    blend = RegisteredBlend(NETWORK, knowing(torch.linalg.inv(batch.misregistration))).eval()
     assert torch.equal(blend.registered_roi(batch), blend(batch).roi > 0.5)
     assert not torch.equal(blend.registered_roi(batch), batch.roi)
     for still in (RegisteredBlend(NETWORK), NoAnchor()):
@@ -93,9 +100,7 @@ def test_the_loss_is_told_where_the_volume_is_moved_to():
 
 def test_the_scale_starts_larger_where_moving_took_from_the_bone(phantoms):
     batch = phantoms.batch(2.0)
-    network = registration()
-    motion = torch.linalg.inv(batch.misregistration.float())
-    network.forward = lambda *_: Registration(motion, batch.ct, torch.zeros_like(batch.ct))
+    network = knowing(torch.linalg.inv(batch.misregistration))
     with torch.no_grad():
         none, some = (RegisteredBlend(NETWORK, network, lost_gain=g)(batch) for g in (0.0, 2.0))
     more = some.scale - none.scale
