@@ -55,7 +55,7 @@ class Guidance:
         end: lowest noise level that is guided.
         reference_std: spread of r_0 at which Eq. 4's uncert is one half.
         lesion_start: highest noise level at which the lesion head reads F (Alg. 1 line 7): 1 is
-            every step, 0.5 about the second half of them.
+            every step, 0.6 the last two of four with the cosine schedule.
     """
 
     eta: float

@@ -144,6 +144,9 @@ def _calibration(
         return {(roi, "spread_error_correlation"): unknown for roi in ("whole", "brain", "bone")}
     reference, roi = batch.reference, batch.truth()[2]
     error = fused - reference
+    if calibration is not None:
+        std = calibration.std(fused, spread, placed)
+        low, high = calibration.interval(fused, spread, placed)
     columns: dict[tuple[str, str], Tensor] = {}
     for name, mask in (("whole", reference > AIR), ("brain", roi[:, 0:1]), ("bone", roi[:, 1:2])):
         columns |= {
@@ -153,8 +156,6 @@ def _calibration(
             (name, "ence_raw"): ence(spread, error, mask),
         }
         if calibration is not None:
-            std = calibration.std(fused, spread, placed)
-            low, high = calibration.interval(fused, spread, placed)
             columns |= {
                 (name, "uce"): uce(std, error, mask),
                 (name, "ence"): ence(std, error, mask),
