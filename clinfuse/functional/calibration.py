@@ -18,6 +18,25 @@ BINS = 15
 """Bins of every binned score (Guo et al. 2017; Laves et al. 2020)."""
 
 
+def total_variance(
+    draws: Float[Tensor, "m k b 1 *dhw"],
+) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"]]:
+    """Predictive mean, epistemic and aleatoric variance of M model draws with K noise draws each.
+
+    The law of total variance (method.md section 5; Depeweg et al. 2018): epistemic is the variance
+    over models of their means, Var_m E_k, aleatoric the mean of their variances, E_m Var_k. The
+    means of K independent noise draws vary by aleatoric / K more; ``diffusion.ensemble``'s are
+    matched in their moments and do not. One model has no epistemic part, one noise draw no
+    aleatoric one.
+    """
+    models, members = draws.shape[:2]
+    of_models = draws.mean(1)
+    nothing = torch.zeros_like(of_models[0])
+    aleatoric = draws.var(1).mean(0) if members > 1 else nothing
+    epistemic = of_models.var(0) if models > 1 else nothing
+    return of_models.mean(0), epistemic, aleatoric
+
+
 def coverage(
     truth: Float[Tensor, "b 1 *dhw"],
     low: Float[Tensor, "b 1 *dhw"],

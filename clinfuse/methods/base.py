@@ -39,6 +39,14 @@ class FusionMethod(LightningModule):
         """
         return self.fuse(batch)[None]
 
+    def model_draws(self, batch: FusionBatch) -> Float[Tensor, "m k b 1 *dhw"]:
+        """``ensemble`` by each of M models that the training could as well have ended with.
+
+        What ``functional.calibration.total_variance`` splits into epistemic and aleatoric. A
+        method of one model has one.
+        """
+        return self.ensemble(batch)[None]
+
     def registered_roi(self, batch: FusionBatch) -> Bool[Tensor, "b r *dhw"]:
         """The masks where the method believes they belong: as given, unless it registers."""
         return batch.roi

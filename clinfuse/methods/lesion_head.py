@@ -8,6 +8,8 @@ from lightning import LightningModule
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
+from clinfuse.functional.gaussian import gaussian_smooth
+from clinfuse.functional.spacing import shared_spacing
 from clinfuse.functional.surface import dice
 from clinfuse.methods.base import Optim, Stage, staged_optimizer, step_generator
 from clinfuse.methods.objective import reference_of
@@ -15,17 +17,23 @@ from clinfuse.networks.precision import with_safe_convolutions
 from clinfuse.types import FusionBatch
 
 
+CLEAN_SHARE = 0.25
+"""Share of the training draws that are the reference as it is: what a finished F is like."""
+
+
 class LesionHead(LightningModule):
     """Lesion probability from a fused volume.
 
-    Trained on references with Gaussian noise of random strength, so that it reads the estimates
-    x0_hat of a sampler too. Frozen afterwards (``requires_grad_(False)``), it still passes
-    gradients on to its input.
+    Trained on references, and on what the estimates x0_hat of a sampler are like: a reference
+    blurred (the posterior mean that a denoiser returns while much noise is left) with noise of
+    random strength on it. One draw in four is the reference itself. Frozen afterwards
+    (``requires_grad_(False)``), it still passes gradients on to its input.
 
     Args:
         network: maps ``b 1 *dhw`` to one logit a voxel, sizes being multiples of ``multiple``.
         optimizer: built but for its parameters.
         max_noise: largest standard deviation of the noise, in model space.
+        max_blur_mm: largest standard deviation of the blur.
         warmup_steps: of the learning rate.
         multiple: what the network's downsampling asks of every axis.
         seed: of the noise.
@@ -36,13 +44,14 @@ class LesionHead(LightningModule):
         network: nn.Module,
         optimizer: Optim,
         max_noise: float = 0.3,
+        max_blur_mm: float = 3.0,
         warmup_steps: int = 50,
         multiple: int = 8,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.network = with_safe_convolutions(network)
-        self.optimizer, self.max_noise = optimizer, max_noise
+        self.optimizer, self.max_noise, self.max_blur_mm = optimizer, max_noise, max_blur_mm
         self.warmup_steps, self.multiple, self.seed = warmup_steps, multiple, seed
         self.objective = DiceCELoss(sigmoid=True, batch=True)
 
@@ -61,14 +70,21 @@ class LesionHead(LightningModule):
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
         generator = step_generator(self.global_step, self.seed)
-        reference = reference_of(batch)
-        strength = self.max_noise * torch.rand(len(batch), generator=generator)
-        noise = torch.randn(reference.shape, generator=generator)
-        noise = noise * strength.reshape(-1, *[1] * (noise.ndim - 1))
-        logits = self._logits((reference + noise.to(reference)).clamp(-1, 1))
-        loss = self.objective(logits, batch.lesion.float())
+        fused = self._like_an_estimate(reference_of(batch), batch.spacing_mm, generator)
+        loss = self.objective(self._logits(fused), batch.lesion.float())
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         return loss
+
+    def _like_an_estimate(
+        self, reference: Tensor, spacing_mm: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        if torch.rand((), generator=generator) < CLEAN_SHARE:
+            return reference
+        blur_mm, strength = torch.rand(2, generator=generator).tolist()
+        sigma = [self.max_blur_mm * blur_mm / size for size in shared_spacing(spacing_mm)]
+        noise = torch.randn(reference.shape, generator=generator).to(reference)
+        blurred = gaussian_smooth(reference, sigma)
+        return (blurred + self.max_noise * strength * noise).clamp(-1, 1)
 
     def validation_step(self, batch: FusionBatch, batch_idx: int) -> None:
         self._log_dice("val", batch)
