@@ -26,14 +26,14 @@ help:  ## print this list
 install: $(INSTALLED)  ## make .venv with the pinned versions (a few minutes, once)
 
 # Made anew rather than updated, so that nothing lingers that constraints.txt no longer names.
-# piq (a test's second opinion on FSIM) comes without its torchvision: one built for another torch
-# than the one installed breaks torchmetrics and lightning on import.
+# piq and netcal (second opinions in tests) come without what they ask for: a torchvision for another torch
+# breaks torchmetrics and lightning on import. So does dynamic-network-architectures (nnU-Net heads).
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 1; }
 	@echo "Installing into .venv: a few minutes the first time."
 	@$(PYTHON) -m venv --clear .venv
 	@$(PIP_INSTALL) --editable '.[dev,test]'
-	@$(PIP_INSTALL) --no-deps piq
+	@$(PIP_INSTALL) --no-deps dynamic-network-architectures netcal piq
 	@touch $@
 
 demo: FOLDER := runs/demo/$(NOW)

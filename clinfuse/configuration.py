@@ -23,6 +23,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from clinfuse.callbacks.model_draws import read_draws
+
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = _PACKAGE / "conf"
@@ -36,6 +38,7 @@ The shipped folder is asked for first, since beside an installed package lies si
 """
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+LESION_HEAD = "clinfuse.methods.lesion_head.LesionHead"
 
 
 def register_resolvers() -> None:
@@ -118,24 +121,64 @@ def build_method(cfg: DictConfig) -> Any:
     method_cfg = cfg.method
     if cfg.get("lesion_head") is None or "lesion_head" not in method_cfg:
         return instantiate(method_cfg, _convert_="all")
-    head = trained_method(cfg.lesion_head).requires_grad_(False)
+    head = lesion_head_of(cfg.lesion_head)
     return instantiate(method_cfg, lesion_head=head, _convert_="all")
+
+
+def lesion_head_of(path: str | Path) -> Any:
+    """The lesion head S^(F) in a folder, frozen and in evaluation mode.
+
+    Args:
+        path: a run of method=lesion_head, a MONAI bundle, or a trained nnU-Net v2 folder, which
+            are told apart by the files that each must have.
+
+    Raises:
+        FileNotFoundError: it is none of them, or a file in it is missing.
+        ValueError: a run of another method, or a file that cannot be read or used.
+    """
+    from clinfuse.networks.lesion_heads import read_bundle, read_nnunet  # MONAI takes its seconds
+
+    folder = Path(path)
+    if (folder / ".hydra" / "config.yaml").is_file():
+        cfg = run_config(folder)
+        if cfg.method.get("_target_") != LESION_HEAD:
+            raise ValueError(
+                f"expected a run of method=lesion_head, got one of method={cfg.method_name}: {path}"
+            )
+        return trained_method(folder, cfg).requires_grad_(False)
+    if (folder / "configs" / "metadata.json").is_file():
+        return read_bundle(folder)
+    if all((folder / name).is_file() for name in ("plans.json", "dataset.json")):
+        return read_nnunet(folder)
+    raise FileNotFoundError(
+        f"expected a lesion head (a run of method=lesion_head with .hydra/config.yaml, a MONAI "
+        f"bundle with configs/metadata.json, or an nnU-Net folder with plans.json and "
+        f"dataset.json), found {'none of them in' if folder.is_dir() else 'no folder at'} {path}"
+    )
 
 
 def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
     """The method of a run with the weights of its last checkpoint (averaged, where it averages).
+
+    With its model draws, where it kept some.
 
     Args:
         folder: of the run.
         cfg: its configuration, perhaps with other guidance; None reads it.
 
     Raises:
-        FileNotFoundError: no run, or no checkpoint.
+        FileNotFoundError: no run, no checkpoint, or its lesion head has moved.
         ValueError: the checkpoint cannot be read, or is of another architecture.
     """
     cfg = run_config(folder) if cfg is None else cfg
     path = checkpoint_of(folder)
-    method = build_method(cfg)
+    try:
+        method = build_method(cfg)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} was trained with a lesion head whose files are gone: {error} "
+            f"(put it back, or correct lesion_head in {Path(folder) / '.hydra' / 'config.yaml'})"
+        ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
@@ -149,6 +192,8 @@ def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
         raise ValueError(
             f"expected the weights of {cfg.method_name}, got others ({reason}): {path}"
         ) from error
+    for draw in read_draws(path.parent) if hasattr(method, "add_draw") else []:
+        method.add_draw(draw)
     return method.eval()
 
 

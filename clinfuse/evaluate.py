@@ -9,6 +9,7 @@ import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from clinfuse.callbacks.calibration import read_calibration
 from clinfuse.callbacks.recorder import CaseRecorder
@@ -17,6 +18,7 @@ from clinfuse.configuration import (
     choice_was_made,
     in_one_sentence,
     is_sampled_as_trained,
+    lesion_head_of,
     quiet_libraries,
     register_resolvers,
     run_config,
@@ -35,14 +37,14 @@ def main(cfg: DictConfig) -> None:
     """Test every method named on the same cases; leave cases.csv, figures and report.html."""
     quiet_libraries()
     runs = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run or [])
-    methods = list(methods_of(cfg, runs))
+    head = None if cfg.lesion_head is None else lesion_head_of(cfg.lesion_head)
+    methods = list(methods_of(cfg, runs, head))
     if not methods:
         raise ValueError(
             "expected run=RUN_FOLDER, method=NAME or baselines=[NAMES], got none of them"
         )
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data = data_of(cfg, runs)
-    head = None if cfg.lesion_head is None else trained_method(cfg.lesion_head)
     facts = {
         "data": str(data.root),
         "cases": f"{len(data.splits['test'])} test",
@@ -79,16 +81,20 @@ def main(cfg: DictConfig) -> None:
 
 
 def methods_of(
-    cfg: DictConfig, runs: Sequence[str]
+    cfg: DictConfig, runs: Sequence[str], head: nn.Module | None = None
 ) -> Iterator[tuple[str, str, int, Any, Calibration | None]]:
     """Name, preset, seed, method and calibration of all to score.
 
-    Runs come first, then ``method``, then baselines.
+    Runs come first, then ``method``, then baselines. A run that was trained without a lesion head
+    is guided by the one that scores, and is then not sampled as it was calibrated.
     """
     for folder in runs:
         saved = with_other_guidance(run_config(folder), cfg)
         method, calibration = trained_method(folder, saved), None
-        if is_sampled_as_trained(saved, folder):
+        lent = head is not None and getattr(method, "lesion_head", head) is None
+        if lent:
+            method.lesion_head = head
+        if is_sampled_as_trained(saved, folder) and not lent:
             calibration = read_calibration(folder)
         yield saved.method_name, saved.preset, saved.seed, method, calibration
     names = [HydraConfig.get().runtime.choices.get("method"), *cfg.baselines]

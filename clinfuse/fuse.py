@@ -1,15 +1,24 @@
-"""Fuse one patient: ``python -m clinfuse.fuse run=RUN mri=A.nii.gz ct=B.nii.gz out=FOLDER``."""
+"""Fuse one patient: ``python -m clinfuse.fuse run=RUN mri=A.nii.gz ct=B.nii.gz out=FOLDER``.
 
+With ``preset=stroke,bone_tumor`` once under each of these presets, side by side in one report.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning
+import pandas as pd
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from clinfuse.callbacks.calibration import read_calibration
-from clinfuse.callbacks.recorder import case_view, summarise
+from clinfuse.callbacks.recorder import case_view, summary_of
 from clinfuse.configuration import (
     CONFIG_PATH,
     in_one_sentence,
@@ -25,57 +34,126 @@ from clinfuse.data.paired_volumes import study_item
 from clinfuse.data.studies import STUDY_FILES, Study, load_pair
 from clinfuse.methods.base import FusionMethod
 from clinfuse.reporting.html import write_report
-from clinfuse.types import FusionBatch
+from clinfuse.reporting.views import CaseView
+from clinfuse.types import ROI_NAMES, FusionBatch
 
 register_resolvers()
+
+VOLUMES = (
+    "fused",
+    "uncertainty",
+    "epistemic",
+    "aleatoric",
+    "interval_low",
+    "interval_high",
+    "lesion_probability",
+)
+"""What a fusion can write, each as ``<name>.nii.gz``; only the first two it always does."""
+
+_PRESETS = Path(CONFIG_PATH) / "preset"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The patient fused under one preset.
+
+    Attributes:
+        preset: its name.
+        weights: alpha, beta and gamma as text, and whether they do anything.
+        volumes: ``1 1 d h w`` each, by their names of ``VOLUMES``.
+        view: for the report.
+        facts: for the report, what it was sampled with.
+        missing: sentences that say why a volume is not there.
+    """
+
+    preset: str
+    weights: str
+    volumes: Mapping[str, Tensor]
+    view: CaseView
+    facts: Mapping[str, str]
+    missing: Sequence[str]
+
+
+def main(cfg: DictConfig | None = None) -> None:
+    """Write fused.nii.gz and uncertainty.nii.gz on the MRI's grid, and report.html.
+
+    Beside them the uncertainty's parts, epistemic.nii.gz for a run of several models and
+    aleatoric.nii.gz for one of several draws; lesion_probability.nii.gz for a run with a lesion
+    head. A run that was calibrated also gives interval_low.nii.gz and interval_high.nii.gz, unless
+    the command line asks for other guidance, steps or members than it was calibrated with.
+    Of several presets each writes into a folder of its name, and report.html compares them.
+
+    Args:
+        cfg: None reads the command line.
+    """
+    if cfg is None:
+        sys.argv[1:] = [with_presets_listed(argument) for argument in sys.argv[1:]]
+    fuse(cfg)
+
+
+def with_presets_listed(argument: str) -> str:
+    """``preset=a,b`` of a command line as ``presets=['a','b']``; anything else as it is.
+
+    To Hydra several values are a sweep, ``preset`` is a group whose options it would merge into
+    one, and an option it does not know would be passed over.
+    """
+    name, _, value = argument.partition("=")
+    if name != "preset":
+        return argument
+    value = value.strip("[] ")
+    names = [] if value in ("", "null") else [part.strip(" '\"") for part in value.split(",")]
+    return f"presets=[{','.join(map(repr, names))}]"
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="fuse")
 @in_one_sentence
-def main(cfg: DictConfig) -> None:
-    """Write fused.nii.gz and uncertainty.nii.gz on the MRI's grid, and report.html.
-
-    A run that was calibrated also gives interval_low.nii.gz and interval_high.nii.gz, unless the
-    command line asks for other guidance, steps or members than it was calibrated with.
-    """
+def fuse(cfg: DictConfig) -> None:
+    """What ``main`` does, past the command line."""
     quiet_libraries()
     missing = [name for name in ("run", "mri", "ct", "out") if OmegaConf.is_missing(cfg, name)]
     if missing:
         asked = " ".join(f"{name}=..." for name in missing)
         raise ValueError(f"expected run, mri, ct and out on the command line, missing {asked}")
-    saved = with_other_guidance(run_config(cfg.run), cfg)
-    study = read_study(cfg, saved)
-    method = trained_method(cfg.run, saved)
-    for setting in ("steps", "members"):
-        if cfg[setting] is not None:
-            setattr(method, setting, int(cfg[setting]))
-    lightning.seed_everything(saved.seed, verbose=False)
-    item = study_item(study, torch.eye(4, dtype=torch.float64))
-    fused, spread = summarise(sampled(method, item, cfg))
+    presets, run = presets_asked(cfg), run_config(cfg.run)
+    settings = [with_preset(run, cfg, preset) for preset in presets or [""]]
+    study = read_study(cfg, run)
+    fusions = []
+    for saved in settings:
+        fusion = fused_under(saved, study, cfg)
+        fusions.append(fusion)
+        folder = Path(cfg.out) / (fusion.preset if len(settings) > 1 else "")
+        write_volumes(folder, study, fusion.volumes)
+        print(f"fused: {folder / 'fused.nii.gz'}")
+    for sentence in dict.fromkeys(sentence for fusion in fusions for sentence in fusion.missing):
+        print(sentence)
+    print(f"report: {report_of(fusions, study, cfg)}")
 
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    study.write(out / "fused.nii.gz", fused[0])
-    uncertainty = torch.zeros_like(fused) if spread is None else spread
-    study.write(out / "uncertainty.nii.gz", uncertainty[0])
-    is_own = is_sampled_as_trained(saved, cfg.run) and cfg.steps is None and cfg.members is None
-    calibration = read_calibration(cfg.run) if is_own else None
-    if calibration is not None and spread is not None:
-        bounds = calibration.interval(fused, spread, method.cpu().registered_roi(item))
-        for name, bound in zip(("low", "high"), bounds, strict=True):
-            study.write(out / f"interval_{name}.nii.gz", bound[0])
-    item.reference = None  # what these scans should fuse to is not known
-    view = case_view(item, 0, fused, spread, f"{saved.method_name}, preset {saved.preset}")
-    facts = {
-        "run": str(cfg.run),
-        "preset": saved.preset,
-        "mri": str(cfg.mri),
-        "ct": f"{cfg.ct} ({study.ct_units})",
-        "masks": ", ".join(f"{roi}: {source}" for roi, source in study.mask_source.items()),
-        **run_facts(),
-    }
-    report = write_report(out / "report.html", f"Fusion of {study.case_id}", [view], {}, facts)
-    print(f"fused: {out / 'fused.nii.gz'}\nreport: {report}")
+
+def presets_asked(cfg: DictConfig) -> list[str]:
+    """The presets that the command line names; none is the run's own.
+
+    Raises:
+        ValueError: one that there is not, or one twice.
+    """
+    asked, known = [str(name) for name in cfg.presets], sorted(p.stem for p in _PRESETS.glob("*"))
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise ValueError(f"expected presets of {', '.join(known)}, got {', '.join(unknown)}")
+    if len(set(asked)) < len(asked):
+        raise ValueError(f"expected each preset once, got {', '.join(asked)}")
+    return asked
+
+
+def with_preset(run: DictConfig, cfg: DictConfig, preset: str) -> DictConfig:
+    """A run's configuration under a preset, its own under ``""``.
+
+    Guidance named on the command line overrides that of the preset.
+    """
+    own = {str(name): value for name, value in cfg.guidance.items() if value is not None}
+    chosen = OmegaConf.load(_PRESETS / f"{preset}.yaml") if preset else {"preset": None}
+    merged = OmegaConf.merge(chosen, {"guidance": own})
+    assert isinstance(merged, DictConfig)
+    return with_other_guidance(run, merged)
 
 
 def read_study(cfg: DictConfig, saved: DictConfig) -> Study:
@@ -85,8 +163,64 @@ def read_study(cfg: DictConfig, saved: DictConfig) -> Study:
     return load_pair(files, name, None, saved.data.ct_map, cfg.cache_dir)
 
 
-def sampled(method: FusionMethod, item: FusionBatch, cfg: DictConfig) -> torch.Tensor:
-    """The method's ensemble for one study, on the trainer's device and in its precision."""
+def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
+    """The patient fused by a run so configured; its noise depends on seed and patient alone."""
+    method = trained_method(cfg.run, saved)
+    for setting in ("steps", "members"):
+        if cfg[setting] is not None:
+            setattr(method, setting, int(cfg[setting]))
+    is_own = is_sampled_as_trained(saved, cfg.run) and cfg.steps is None and cfg.members is None
+    calibration = read_calibration(cfg.run) if is_own else None
+    lightning.seed_everything(saved.seed, verbose=False)
+    item = study_item(study, torch.eye(4, dtype=torch.float64))
+    item.reference = None  # what these scans should fuse to is not known
+    draws = sampled(method, item, cfg)
+    method.cpu()
+    summary = summary_of(draws)
+    fused, spread = summary.mean, summary.std
+    volumes = {
+        "fused": fused,
+        "uncertainty": torch.zeros_like(fused) if spread is None else spread,
+        "epistemic": summary.epistemic,
+        "aleatoric": summary.aleatoric,
+    }
+    if calibration is not None and spread is not None:
+        bounds = calibration.interval(fused, spread, method.registered_roi(item))
+        volumes["interval_low"], volumes["interval_high"] = bounds
+    models, members = draws.shape[:2]
+    facts = {"draws": f"{members}" + (f" of each of {models} models" if models > 1 else "")}
+    if (head := getattr(method, "lesion_head", None)) is not None:
+        with torch.no_grad():
+            probability = head(fused).float()
+        is_calibrated = calibration is not None and calibration.temperature is not None
+        if calibration is not None:
+            probability = calibration.probability(probability)
+        volumes["lesion_probability"] = probability
+        facts["lesion probability"] = "calibrated" if is_calibrated else "not calibrated"
+    weights = weights_text(saved, method, bool(item.lesion.any()))
+    view = case_view(
+        item,
+        0,
+        fused,
+        spread,
+        f"{saved.method_name}, preset {saved.preset}: {weights}",
+        epistemic=summary.epistemic,
+        aleatoric=summary.aleatoric,
+        lesion_probability=volumes.get("lesion_probability"),
+    )
+    present = {name: volume for name, volume in volumes.items() if volume is not None}
+    missing = [
+        f"no {part} map: the run has one {what}"
+        for what, part in (("model", "epistemic"), ("draw a model", "aleatoric"))
+        if part not in present
+    ]
+    if missing:
+        facts["left out"] = "; ".join(missing)
+    return Fusion(saved.preset, weights, present, view, facts, missing)
+
+
+def sampled(method: FusionMethod, item: FusionBatch, cfg: DictConfig) -> Tensor:
+    """``model_draws`` for one study, ``m k 1 1 d h w``, on the trainer's device and precision."""
     trainer = instantiate(
         cfg.trainer,
         logger=False,
@@ -95,8 +229,97 @@ def sampled(method: FusionMethod, item: FusionBatch, cfg: DictConfig) -> torch.T
         _convert_="all",
     )
     device = trainer.strategy.root_device
-    with trainer.precision_plugin.forward_context():
-        return method.to(device).ensemble(item.to(device)).cpu()
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        return method.to(device).model_draws(item.to(device)).cpu()
+
+
+def weights_text(saved: DictConfig, method: FusionMethod, has_lesion: bool) -> str:
+    """Alpha, beta and gamma, and which of them do nothing here."""
+    guidance = saved.guidance
+    text = f"α {guidance.alpha:g}, β {guidance.beta:g}, γ {guidance.gamma:g}"
+    if not hasattr(method, "guidance") or guidance.eta == 0:
+        return f"{text} (all off: not guided)"
+    if getattr(method, "lesion_head", None) is None:
+        return f"{text} (γ off: no lesion head)"
+    return text if has_lesion else f"{text} (γ off: no lesion mask)"
+
+
+def write_volumes(folder: Path, study: Study, volumes: Mapping[str, Tensor]) -> None:
+    """Write ``<name>.nii.gz`` each; what an earlier fusion left of the others is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in VOLUMES:
+        path = folder / f"{name}.nii.gz"
+        if name in volumes:
+            study.write(path, volumes[name][0])
+        else:
+            path.unlink(missing_ok=True)
+
+
+def report_of(fusions: Sequence[Fusion], study: Study, cfg: DictConfig) -> Path:
+    """report.html: the patient, and several presets side by side."""
+    first, is_one = fusions[0], len(fusions) == 1
+    facts: dict[str, Any] = {
+        "run": str(cfg.run),
+        "preset" if is_one else "presets": ", ".join(fusion.preset for fusion in fusions),
+        **({"weights": first.weights} if is_one else {}),
+        **shared_facts(fusions),
+        "mri": str(cfg.mri),
+        "ct": f"{cfg.ct} ({study.ct_units})",
+        "masks": ", ".join(f"{roi}: {source}" for roi, source in study.mask_source.items()),
+        **run_facts(),
+    }
+    path, title = Path(cfg.out) / "report.html", f"Fusion of {study.case_id}"
+    if is_one:
+        return write_report(path, title, [first.view], {}, facts)
+    item = study_item(study, torch.eye(4, dtype=torch.float64))
+    return write_report(
+        path,
+        title,
+        [replace(f.view, case_id=f"{study.case_id}, {f.preset}") for f in fusions],
+        {
+            f"|Change| of the fused image against {first.preset}, in model units": changes(
+                fusions, item
+            )
+        },
+        facts,
+        presets={f.preset: replace(f.view, caption=f.weights) for f in fusions},
+    )
+
+
+def shared_facts(fusions: Sequence[Fusion]) -> dict[str, str]:
+    """The facts of all fusions; one that differs says what it is under which preset."""
+    facts = {}
+    for name in fusions[0].facts:
+        values = {fusion.preset: fusion.facts[name] for fusion in fusions}
+        each = ", ".join(f"{preset}: {value}" for preset, value in values.items())
+        facts[name] = each if len(set(values.values())) > 1 else fusions[0].facts[name]
+    return facts
+
+
+def changes(fusions: Sequence[Fusion], item: FusionBatch) -> pd.DataFrame:
+    """How far each preset's fused image lies from the first one's, in model units.
+
+    Mean by region, the largest, and the share of brain and bone that changed by more than the
+    first one's uncertainty.
+    """
+    first, rows = fusions[0].volumes, []
+    head = item.roi[:, :2].any(1, keepdim=True)
+    regions = {
+        name: mask for name, mask in zip(ROI_NAMES, item.roi.split(1, 1), strict=True) if mask.any()
+    }
+    for fusion in fusions:
+        change = (fusion.volumes["fused"] - first["fused"]).abs()
+        means = {f"mean in {name}": float(change[mask].mean()) for name, mask in regions.items()}
+        beyond = float((change > first["uncertainty"])[head].float().mean())
+        cells = {
+            **{name: f"{mean:.5f}" for name, mean in means.items()},
+            "largest": f"{float(change.max()):.3f}",
+            "of brain and bone, beyond 1 s.d.": f"{beyond:.1%}",
+        }
+        if fusion is fusions[0]:
+            cells = dict.fromkeys(cells, "–")
+        rows.append({"preset": fusion.preset, "weights": fusion.weights, **cells})
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":

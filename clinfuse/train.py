@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clinfuse.callbacks.calibration import CalibrationFit, read_calibration
 from clinfuse.callbacks.loggers import all_of
+from clinfuse.callbacks.model_draws import read_draws
 from clinfuse.callbacks.recorder import CaseRecorder
 from clinfuse.configuration import (
     CONFIG_PATH,
@@ -42,6 +43,8 @@ def main(cfg: DictConfig) -> float | None:
         cfg = resumed(cfg)
     else:
         cfg.name, cfg.method_name = str(cfg.name), str(cfg.method_name)  # known to Hydra alone
+        if cfg.lesion_head is not None:
+            cfg.lesion_head = str(Path(cfg.lesion_head).resolve())  # wherever it is read from
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data, _convert_="all")
@@ -50,7 +53,7 @@ def main(cfg: DictConfig) -> float | None:
     method = build_method(cfg)
     if cfg.lesion_head is None and "lesion_head" in cfg.method:
         log.info(
-            "no lesion head (lesion_head=RUN names one): gamma is off, lesion rows are left out"
+            "no lesion head (lesion_head=FOLDER names one): gamma is off, lesion rows are left out"
         )
     trainer = instantiate(
         cfg.trainer,
@@ -64,6 +67,9 @@ def main(cfg: DictConfig) -> float | None:
     if method.is_trainable:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     objective = trainer.callback_metrics.get(cfg.objective_metric)
+    if hasattr(method, "add_draw"):
+        for draw in read_draws(folder / "checkpoints"):
+            method.add_draw(draw)
     calibration = calibrated(cfg, method, data, folder)
     if cfg.test:
         for recorder in (c for c in trainer.callbacks if isinstance(c, CaseRecorder)):

@@ -42,6 +42,8 @@ class FusionBatch:
         misregistration: homogeneous matrix A in mm about the grid's centre, spatial axes in
             tensor order: what lies at p in the clean CT lies at A p in ``ct``. The displacement
             that realigns it is u(p) = A p - p, with clean(p) = ct(p + u(p)).
+        findings: haemorrhage and calcification in the brain that only the CT shows, where they
+            are in truth; for evaluation, no method may see them.
     """
 
     mri: Float[Tensor, "b 1 *dhw"]
@@ -55,6 +57,7 @@ class FusionBatch:
     clean_roi: Bool[Tensor, "b r *dhw"] | None = None
     lesion_distance_mm: Float[Tensor, "b 1 *dhw"] | None = None
     misregistration: Float[Tensor, "b n_plus_1 n_plus_1"] | None = None
+    findings: Bool[Tensor, "b 1 *dhw"] | None = None
 
     def __len__(self) -> int:
         return len(self.case_id)

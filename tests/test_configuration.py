@@ -6,6 +6,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from monai.networks.nets import UNet
 from omegaconf import DictConfig, OmegaConf
 
 from clinfuse.configuration import (
@@ -17,6 +18,7 @@ from clinfuse.configuration import (
     fastest_precision,
     fingerprint,
     in_one_sentence,
+    lesion_head_of,
     run_config,
     run_facts,
     trained_method,
@@ -216,20 +218,97 @@ def test_a_checkpoint_of_another_network_is_refused(smoke_run):
         trained_method(smoke_run, cfg)
 
 
-def test_a_frozen_lesion_head_comes_from_its_own_run(phantoms, tmp_path):
-    head = phantoms.method("lesion_head")
-    folder = tmp_path / "head"
+def saved_run(folder, phantoms, method, *overrides):
+    """The folder that a training of a method leaves, its weights drawn rather than learnt."""
+    built = phantoms.method(method, *overrides)
     (folder / ".hydra").mkdir(parents=True)
     (folder / "checkpoints").mkdir()
-    cfg = phantoms.config("experiment=smoke", "method=lesion_head")
+    cfg = phantoms.config("experiment=smoke", f"method={method}", *overrides)
     cfg.name, cfg.method_name = str(cfg.name), str(cfg.method_name)
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
-    torch.save({"state_dict": head.state_dict()}, folder / "checkpoints" / "last.ckpt")
+    torch.save({"state_dict": built.state_dict()}, folder / "checkpoints" / "last.ckpt")
+    return built
+
+
+def saved_bundle(folder):
+    """A MONAI bundle of a small network that finds strokes, its weights drawn."""
+    definition = {
+        "_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 1,
+        "channels": [4, 4], "strides": [2],
+    }  # fmt: skip
+    image = {"num_channels": 1, "spatial_shape": ["2*n"] * 3, "value_range": [0, 1]}
+    formats = {
+        "inputs": {"image": image},
+        "outputs": {"pred": {"channel_def": {"0": "stroke"}}},
+    }
+    (folder / "configs").mkdir(parents=True)
+    (folder / "models").mkdir()
+    (folder / "configs" / "metadata.json").write_text(json.dumps({"network_data_format": formats}))
+    (folder / "configs" / "inference.json").write_text(json.dumps({"network_def": definition}))
+    network = UNet(3, 1, 1, [4, 4], [2])
+    torch.save(network.state_dict(), folder / "models" / "model.pt")
+    return network
+
+
+def test_a_frozen_lesion_head_comes_from_its_own_run(phantoms, tmp_path):
+    folder = tmp_path / "head"
+    head = saved_run(folder, phantoms, "lesion_head")
     method = build_method(phantoms.config("experiment=smoke", f"lesion_head={folder}"))
     loaded = method.lesion_head.state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in head.state_dict().items())
     assert not any(p.requires_grad for p in method.lesion_head.parameters())
     assert any(p.requires_grad for p in method.network.parameters())
+
+
+def test_a_lesion_head_may_be_a_bundle_and_lies_frozen_in_the_method(phantoms, tmp_path):
+    network = saved_bundle(tmp_path / "bundle")
+    method = build_method(phantoms.config("experiment=smoke", f"lesion_head={tmp_path / 'bundle'}"))
+    for name, weight in network.state_dict().items():
+        assert torch.equal(method.state_dict()[f"lesion_head.network.{name}"], weight)
+    assert not any(p.requires_grad for p in method.lesion_head.parameters())
+    assert not any(module.training for module in method.train().lesion_head.modules())
+    batch = phantoms.batch()
+    fused = batch.mri.clone().requires_grad_()
+    method.lesion_head(fused).sum().backward()
+    assert fused.grad.abs().sum() > 0
+
+
+def test_an_nnunet_folder_is_known_by_its_plans_and_its_data_set(tmp_path):
+    (tmp_path / "plans.json").write_text('{"configurations": {}}')
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "lesion": 1}}')
+    with pytest.raises(FileNotFoundError, match=r"nnU-Net's fold_0/checkpoint_final.pth"):
+        lesion_head_of(tmp_path)
+
+
+def test_a_folder_that_holds_no_lesion_head_is_named_with_what_could_lie_there(tmp_path):
+    layouts = r"\.hydra/config\.yaml.*configs/metadata\.json.*plans\.json and dataset\.json"
+    for folder, found in ((tmp_path, "none of them in"), (tmp_path / "gone", "no folder at")):
+        with pytest.raises(FileNotFoundError, match=f"{layouts}.*{found} {folder}"):
+            lesion_head_of(folder)
+
+
+def test_a_run_of_another_method_is_no_lesion_head(phantoms, tmp_path):
+    saved_run(tmp_path / "run", phantoms, "deterministic_unet")
+    with pytest.raises(
+        ValueError, match="method=lesion_head, got one of method=deterministic_unet"
+    ):
+        lesion_head_of(tmp_path / "run")
+
+
+def test_a_run_whose_lesion_head_has_vanished_says_which_and_where_to_tell_it(phantoms, tmp_path):
+    bundle, run = tmp_path / "bundle", tmp_path / "run"
+    saved_bundle(bundle)
+    built = saved_run(run, phantoms, "deterministic_unet", f"lesion_head={bundle}")
+    again = trained_method(run).state_dict()
+    assert again.keys() == built.state_dict().keys()
+    bundle.rename(tmp_path / "moved")
+    with pytest.raises(
+        FileNotFoundError, match=f"{run} was trained with .* {bundle} .*config.yaml"
+    ):
+        trained_method(run)
+    cfg = run_config(run)
+    cfg.lesion_head = str(tmp_path / "moved")
+    assert trained_method(run, cfg).state_dict().keys() == again.keys()
 
 
 def test_a_run_can_be_sampled_with_another_preset_and_other_guidance(smoke_run, phantoms):

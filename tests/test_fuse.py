@@ -1,12 +1,26 @@
+import json
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from torch import nn
 
+from clinfuse.configuration import run_config, trained_method
 from clinfuse.data.phantoms import make_phantom, ras_affine
-from clinfuse.fuse import main
+from clinfuse.fuse import (
+    Fusion,
+    changes,
+    main,
+    sampled,
+    shared_facts,
+    with_preset,
+    with_presets_listed,
+)
+from clinfuse.methods.roi_diffusion import RoiDiffusion
+from clinfuse.reporting.views import CaseView
 
 SHAPE, SPACING_MM = (13, 27, 31), (7.0, 6.0, 6.5)
 NAMES = ("mri", "ct", "brain_mask", "bone_mask", "lesion_mask")
@@ -49,10 +63,10 @@ def fused(smoke_run, phantoms, patient, tmp_path_factory):
 def test_results_lie_on_the_grid_that_the_mri_came_on(orientation, fused, patient):
     mri = nib.load(patient / orientation / "mri.nii.gz")
     assert {path.name for path in (fused / orientation).iterdir()} == {
-        "fused.nii.gz", "uncertainty.nii.gz", "interval_low.nii.gz", "interval_high.nii.gz",
-        "report.html",
+        "fused.nii.gz", "uncertainty.nii.gz", "aleatoric.nii.gz", "interval_low.nii.gz",
+        "interval_high.nii.gz", "report.html",
     }  # fmt: skip
-    for name in ("fused", "uncertainty", "interval_low", "interval_high"):
+    for name in ("fused", "uncertainty", "aleatoric", "interval_low", "interval_high"):
         image = nib.load(fused / orientation / f"{name}.nii.gz")
         assert image.shape == mri.shape == SHAPE[::-1]
         np.testing.assert_allclose(image.affine, mri.affine)
@@ -84,7 +98,7 @@ def test_a_run_without_calibration_gives_no_interval(smoke_run, phantoms, patien
     overrides = arguments(run, patient / "RAS", tmp_path / "out")
     main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "fused.nii.gz", "uncertainty.nii.gz", "report.html",
+        "fused.nii.gz", "uncertainty.nii.gz", "aleatoric.nii.gz", "report.html",
     }  # fmt: skip
 
 
@@ -111,13 +125,218 @@ def test_steps_members_and_guidance_can_be_asked_for_and_masks_left_out(
 ):
     # 16 slices of air-padded phantom are too coarse to segment: the brain and bone masks stay
     overrides = arguments(smoke_run, patient / "LAS", tmp_path / "out", lesion_mask=None)
-    overrides += ["members=1", "steps=1", "preset=bone_tumor"]
+    overrides += ["members=1", "steps=1", "presets=[bone_tumor]"]
     main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
     spread = nib.load(tmp_path / "out" / "uncertainty.nii.gz").get_fdata()
     assert (spread == 0).all()  # one member has no spread
     assert not list((tmp_path / "out").glob("interval*"))
+    assert not list((tmp_path / "out").glob("*leatoric*"))
     report = (tmp_path / "out" / "report.html").read_text()
     assert "bone_tumor" in report and "lesion: absent" in report
+
+
+# Models, draws and the lesion head.
+
+
+def volume(path):
+    return nib.load(path).get_fdata()
+
+
+def fuse_into(out, run, phantoms, patient, *overrides):
+    named = arguments(run, patient / "RAS", out)
+    main(phantoms.config(*named, *overrides, name="fuse", folder=out.parent / "hydra"))
+    return out
+
+
+def test_one_model_has_no_epistemic_map_and_says_so_and_removes_an_old_one(
+    smoke_run, phantoms, patient, tmp_path, capsys
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "epistemic.nii.gz").write_text("of another run")
+    out = fuse_into(tmp_path / "out", smoke_run, phantoms, patient)
+    assert not (out / "epistemic.nii.gz").exists()
+    np.testing.assert_array_equal(
+        volume(out / "aleatoric.nii.gz"), volume(out / "uncertainty.nii.gz")
+    )
+    said = [line for line in capsys.readouterr().out.splitlines() if "epistemic" in line]
+    assert said == ["no epistemic map: the run has one model"]
+    assert "Epistemic (s.d.)" not in (out / "report.html").read_text()
+
+
+def test_the_uncertainty_of_several_models_is_split_by_the_law_of_total_variance(
+    smoke_run, phantoms, patient, tmp_path, monkeypatch, capsys
+):
+    seen = []
+
+    def model_draws(self, batch):
+        draws = self.ensemble(batch)
+        seen.append(torch.stack([draws, 0.5 * draws - 0.1, draws.flip(-1)]))
+        return seen[-1]
+
+    monkeypatch.setattr(RoiDiffusion, "model_draws", model_draws)
+    out = fuse_into(tmp_path / "out", smoke_run, phantoms, patient)
+    names = ("fused", "uncertainty", "epistemic", "aleatoric")
+    fused, total, epistemic, aleatoric = (
+        volume(out / f"{name}.nii.gz").transpose(2, 1, 0) for name in names
+    )
+    draws = seen[0][:, :, 0, 0].double().numpy()  # (d, h, w), RAS as the files here
+    images = draws.clip(-1, 1)
+    np.testing.assert_allclose(epistemic, images.mean(1).std(0, ddof=1), atol=1e-5)
+    np.testing.assert_allclose(aleatoric**2, images.var(1, ddof=1).mean(0), atol=1e-5)
+    np.testing.assert_allclose(total**2, epistemic**2 + aleatoric**2, atol=1e-5)
+    np.testing.assert_allclose(fused, draws.mean((0, 1)).clip(-1, 1), atol=1e-5)
+    assert "epistemic" not in capsys.readouterr().out
+    report = (out / "report.html").read_text()
+    assert "Epistemic (s.d.)" in report and "Aleatoric (s.d.)" in report
+
+
+class Bright(nn.Module):
+    """A lesion head for which what is bright is lesion."""
+
+    def forward(self, fused):
+        return torch.sigmoid(4 * fused)
+
+
+@pytest.mark.parametrize("temperature", [None, 2.0])
+def test_a_lesion_head_gives_its_probability_calibrated_where_the_run_is(
+    temperature, smoke_run, phantoms, patient, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run, run)
+    fitted = json.loads((run / "calibration.json").read_text())
+    (run / "calibration.json").write_text(json.dumps({**fitted, "temperature": temperature}))
+
+    def with_head(folder, cfg):
+        method = trained_method(folder, cfg)
+        method.lesion_head = Bright()
+        return method
+
+    monkeypatch.setattr("clinfuse.fuse.trained_method", with_head)
+    out = fuse_into(tmp_path / "out", run, phantoms, patient)
+    logit = 4 * volume(out / "fused.nii.gz") / (temperature or 1)
+    probability = volume(out / "lesion_probability.nii.gz")
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-logit)), atol=1e-5)
+    report = (out / "report.html").read_text()
+    assert ("<dd>calibrated</dd>" in report) == (temperature is not None)
+    assert "Lesion probability on fused" in report and "γ off" not in report
+
+
+def test_a_method_that_does_not_sample_is_fused_without_gradients(phantoms):
+    cfg = phantoms.config("run=x", "mri=x", "ct=x", "out=x", name="fuse")
+    draws = sampled(phantoms.method("deterministic_unet"), phantoms.batch(), cfg)
+    assert draws.shape[:4] == (1, 1, 1, 1) and not draws.requires_grad
+
+
+# Presets.
+
+
+def test_presets_side_by_side_are_each_what_they_are_alone(
+    entry_point, smoke_run, phantoms, patient, tmp_path
+):
+    own, out = run_config(smoke_run).preset, tmp_path / "out"
+    named = arguments(smoke_run, patient / "RAS", out)
+    hydra = f"hydra.run.dir={tmp_path / 'hydra'}"
+    done = entry_point("clinfuse.fuse", *named, f"preset={own},bone_tumor", hydra)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == {own, "bone_tumor", "report.html"}
+    assert {path.name for path in (out / "bone_tumor").iterdir()} == {
+        "fused.nii.gz", "uncertainty.nii.gz", "aleatoric.nii.gz",
+    }  # fmt: skip
+    assert (out / own / "interval_low.nii.gz").is_file()  # calibrated with its own preset alone
+    alone = fuse_into(tmp_path / "alone", smoke_run, phantoms, patient, "presets=[bone_tumor]")
+    fused = volume(out / "bone_tumor" / "fused.nii.gz")
+    np.testing.assert_allclose(volume(alone / "fused.nii.gz"), fused, atol=1e-5)
+    assert np.abs(fused - volume(out / own / "fused.nii.gz")).max() > 1e-4
+    report = (out / "report.html").read_text()
+    assert "Presets side by side" in report and f"bone_tumor − {own}" in report
+    assert "α 0.5, β 2, γ 2 (γ off: no lesion head)" in report
+    assert "Presets side by side" not in (alone / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "asked, listed",
+    [
+        ("preset=stroke,bone_tumor", "presets=['stroke','bone_tumor']"),
+        ("preset=[stroke, bone_tumor]", "presets=['stroke','bone_tumor']"),
+        ("preset='stroke'", "presets=['stroke']"),
+        ("preset=null", "presets=[]"),
+        ("preset=", "presets=[]"),
+        ("guidance.alpha=1,2", "guidance.alpha=1,2"),
+        ("--help", "--help"),
+    ],
+)
+def test_presets_of_a_command_line_become_a_list(asked, listed):
+    assert with_presets_listed(asked) == listed
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ("[stroke,strike]", ["bone_tumor, brain_tumor, default, metastasis, stroke, got strike"]),
+        ("[strike]", ["got strike"]),
+        ("[stroke,stroke]", ["once"]),
+    ],
+)
+def test_a_preset_that_there_is_not_is_refused_before_anything_is_written(
+    asked, words, smoke_run, phantoms, patient, tmp_path, capsys
+):
+    overrides = arguments(smoke_run, patient / "LAS", tmp_path / "out")
+    sentence = refusal(phantoms, tmp_path, capsys, [*overrides, f"presets={asked}"])
+    assert all(word in sentence for word in words), sentence
+
+
+def test_from_the_command_line_an_unknown_preset_is_one_sentence(
+    entry_point, smoke_run, patient, tmp_path
+):
+    named = arguments(smoke_run, patient / "RAS", tmp_path / "out")
+    hydra = f"hydra.run.dir={tmp_path / 'hydra'}"
+    done = entry_point("clinfuse.fuse", *named, "preset=strike", hydra)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0].startswith("clinfuse: expected presets of bone_tumor, ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_on_the_command_line_goes_before_the_preset_and_that_before_the_run(
+    smoke_run, phantoms
+):
+    run = run_config(smoke_run)
+    cfg = phantoms.config("guidance.beta=0.3", name="fuse")
+    assert with_preset(run, cfg, "").preset == run.preset
+    merged = with_preset(run, cfg, "bone_tumor")
+    assert merged.preset == "bone_tumor"
+    assert (merged.guidance.alpha, merged.guidance.beta) == (0.5, 0.3)
+    assert merged.guidance.eta == run.guidance.eta
+
+
+def test_changes_are_means_over_regions_against_the_first_preset(phantoms):
+    item = phantoms.batch(case=7)
+    first = torch.zeros_like(item.mri)
+    second = first - 0.25 * item.bone.float() + 0.5 * (item.brain & ~item.bone)
+    view = CaseView("a", *3 * [first[0, 0].numpy()], (1.0, 1.0, 1.0))
+    spread = torch.full_like(first, 0.3)
+    table = changes(
+        [
+            Fusion(name, "", {"fused": fused, "uncertainty": spread}, view, {}, [])
+            for name, fused in (("one", first), ("two", second))
+        ],
+        item,
+    )
+    assert table["mean in bone"].tolist() == ["–", "0.25000"]
+    assert table["largest"].tolist() == ["–", "0.500"]
+    brain = (item.brain & ~item.bone).sum() / (item.brain | item.bone).sum()
+    assert table["of brain and bone, beyond 1 s.d."][1] == f"{float(brain):.1%}"
+
+
+def test_a_fact_that_differs_between_presets_names_them():
+    air = np.full((2, 2, 2), -1.0)
+    view = CaseView("a", air, air, air, (1.0, 1.0, 1.0))
+    fusions = [
+        Fusion(name, "", {}, view, {"draws": "5", "lesion probability": kind}, [])
+        for name, kind in (("one", "calibrated"), ("two", "not calibrated"))
+    ]
+    told = "one: calibrated, two: not calibrated"
+    assert shared_facts(fusions) == {"draws": "5", "lesion probability": told}
+    assert shared_facts(fusions[:1]) == fusions[0].facts
 
 
 # Bad input.

@@ -74,4 +74,7 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     try:
         return Calibration(**json.loads(path.read_text()))
     except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"expected a calibration, got {error}: {path}") from error
+        raise ValueError(
+            f"expected a calibration, got {error}: {path}; "
+            f"calibrate again by python -m clinfuse.train resume={folder}"
+        ) from error

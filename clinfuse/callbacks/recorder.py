@@ -1,28 +1,39 @@
 """Score every test case of whatever method is tested: rows, pictures and the report."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from clinfuse.functional.surface import NO_SURFACE_MM
+from clinfuse.functional.calibration import total_variance
+from clinfuse.functional.surface import NO_SURFACE_MM, signed_distance_mm
 from clinfuse.methods.base import FusionMethod
+from clinfuse.methods.rules import MaskComposite
 from clinfuse.metrics.calibration import Calibration, Reliability
+from clinfuse.metrics.regional import LESION_THRESHOLD
 from clinfuse.metrics.suite import Row, case_metrics
 from clinfuse.reporting.figures import reliability_figure, save_figures
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.rows import case_rows, write_rows
-from clinfuse.reporting.tables import CALIBRATION_SCORES, headline, print_table
+from clinfuse.reporting.tables import (
+    CALIBRATION_SCORES,
+    conspicuity_table,
+    headline,
+    print_table,
+)
 from clinfuse.reporting.views import CaseView
 from clinfuse.types import FusionBatch
+
+MASK_SOURCES = ("expert", "automatic", "none")
 
 RELIABILITY_TEXT = (
     "Voxels of all test cases, grouped by the error that the uncertainty states for them. On the "
@@ -30,7 +41,9 @@ RELIABILITY_TEXT = (
     "was fitted on validation cases."
 )
 
-_NO_CHIPS = frozenset({"uce", "ence", "uce_raw", "ence_raw", "ause", "width", "ece", "brier"})
+_NO_CHIPS = frozenset(
+    {"uce", "ence", "uce_raw", "ence_raw", "ause", "width", "ece", "brier", "conspicuity_min"}
+)
 """Scores of many voxels together that say little of one case."""
 
 
@@ -45,8 +58,9 @@ class CaseRecorder(Callback):
         preset: named in every row.
         seed: named in every row.
         method: name of the method under test; assign it anew before each test.
-        mask_source: where the lesion mask that methods are given comes from: ``expert``, or
-            ``none``, which takes it away before they see it.
+        mask_source: where the lesion mask that methods are given comes from: ``expert``;
+            ``automatic``, what the lesion head finds in the mask composite of the sources as they
+            come; or ``none``, which takes it away before they see it.
         pictures: cases to show.
         pictures_of: the method whose results are shown; None shows the first one tested.
         pictures_at_mm: the misregistration at which they are shown, where it is tested.
@@ -71,8 +85,12 @@ class CaseRecorder(Callback):
         facts: Mapping[str, Any] | None = None,
         title: str = "clinfuse",
     ) -> None:
-        if mask_source not in ("expert", "none"):
-            raise ValueError(f"expected mask_source expert or none, got {mask_source!r}")
+        if mask_source not in MASK_SOURCES:
+            raise ValueError(f"expected mask_source of {MASK_SOURCES}, got {mask_source!r}")
+        if mask_source == "automatic" and lesion_head is None:
+            raise ValueError(
+                "expected a lesion head for mask_source=automatic (lesion_head=FOLDER)"
+            )
         self.folder, self.preset, self.seed, self.method = Path(folder), preset, seed, method
         self.mask_source, self.pictures = mask_source, pictures
         self.pictures_of, self.pictures_at_mm = pictures_of or method, pictures_at_mm
@@ -97,6 +115,11 @@ class CaseRecorder(Callback):
             batch.roi = torch.cat([batch.roi[:, :2], torch.zeros_like(batch.roi[:, 2:])], 1)
             if batch.lesion_distance_mm is not None:
                 batch.lesion_distance_mm = torch.full_like(batch.lesion_distance_mm, NO_SURFACE_MM)
+        if self.mask_source == "automatic":
+            assert self.lesion_head is not None
+            lesion = automatic_lesion(batch, self.lesion_head)
+            batch.roi = torch.cat([batch.roi[:, :2], lesion], 1)
+            batch.lesion_distance_mm = signed_distance_mm(lesion, batch.spacing_mm).to(batch.mri)
 
     def on_test_batch_end(
         self,
@@ -110,7 +133,8 @@ class CaseRecorder(Callback):
         if outputs is None:  # no fusion: the lesion head
             return
         amplitude_mm = trainer.datamodule.misregistration_mm[dataloader_idx]  # type: ignore[attr-defined]
-        fused, spread = summarise(outputs)
+        summary = summary_of(outputs)
+        fused, spread = summary.mean, summary.std
         probability = None if self.lesion_head is None else self.lesion_head(fused).float()
         assert isinstance(pl_module, FusionMethod)
         roi = None if self.calibration is None else pl_module.registered_roi(batch)
@@ -132,7 +156,19 @@ class CaseRecorder(Callback):
             )
             if self._wants_picture(trainer, amplitude_mm):
                 caption = f"{self.method}, preset {self.preset}, CT moved by {amplitude_mm:g} mm"
-                self.views.append(case_view(batch, index, fused, spread, caption, case_scores))
+                self.views.append(
+                    case_view(
+                        batch,
+                        index,
+                        fused,
+                        spread,
+                        caption,
+                        case_scores,
+                        epistemic=summary.epistemic,
+                        aleatoric=summary.aleatoric,
+                        lesion_probability=probability,
+                    )
+                )
 
     def write(self) -> Path:
         """Put rows, figures and the report into the folder; returns the report's path."""
@@ -142,6 +178,8 @@ class CaseRecorder(Callback):
         tables, charts = {"Fusion quality under misregistration": table}, self._charts()
         if any(row["metric"] == "coverage" for row in self.rows):
             tables["Calibration of the uncertainty"] = headline(self.rows, CALIBRATION_SCORES)
+        if len(seen := conspicuity_table(self.rows)):
+            tables["Conspicuity of findings"] = seen
         save_figures(self.folder / "figures", self.views, table, self.pictures_of, charts)
         report = write_report(
             self.folder / "report.html",
@@ -199,6 +237,12 @@ class RunReport(CaseRecorder):
                 logger.log_image("reliability", [np.asarray(Image.open(chart).convert("RGB"))])
 
 
+@torch.no_grad()
+def automatic_lesion(batch: FusionBatch, lesion_head: nn.Module) -> Bool[Tensor, "b 1 *dhw"]:
+    """The lesion that a head finds in the sources: in their mask composite, within the brain."""
+    return (lesion_head(MaskComposite().fuse(batch)) > LESION_THRESHOLD) & batch.brain
+
+
 def case_view(
     batch: FusionBatch,
     index: int,
@@ -206,6 +250,9 @@ def case_view(
     spread: Float[Tensor, "b 1 *dhw"] | None,
     caption: str,
     scores: Sequence[Row] = (),
+    epistemic: Float[Tensor, "b 1 *dhw"] | None = None,
+    aleatoric: Float[Tensor, "b 1 *dhw"] | None = None,
+    lesion_probability: Float[Tensor, "b 1 *dhw"] | None = None,
 ) -> CaseView:
     """One case of a batch as the report shows it, with the true masks."""
 
@@ -221,6 +268,9 @@ def case_view(
         spacing_mm=batch.spacing_mm[index].tolist(),
         reference=array(batch.reference),
         spread=array(spread),
+        epistemic=array(epistemic),
+        aleatoric=array(aleatoric),
+        lesion_probability=array(lesion_probability),
         lesion=masks[2] if masks[2].any() else None,
         bone=masks[1],
         caption=caption,
@@ -230,13 +280,45 @@ def case_view(
     )
 
 
-def summarise(
-    ensemble: Float[Tensor, "k b 1 *dhw"],
-) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"] | None]:
-    """Mean over the draws, and the standard deviation of the images they are: None for one draw.
+@dataclass(frozen=True)
+class Summary:
+    """What the draws of a method say of the fused volumes, in model space.
 
-    A draw may leave model space by its noise. As an image it is clamped; clamped before their
-    mean is taken, though, all draws would move air up.
+    Attributes:
+        mean: the predictive mean.
+        std: the predictive standard deviation, sqrt(epistemic^2 + aleatoric^2); None for one draw.
+        epistemic: standard deviation over the models of what each means; None for one model.
+        aleatoric: of the noise draws about their model's mean; None for one noise draw a model.
     """
-    spread = ensemble.clamp(-1, 1).std(0) if len(ensemble) > 1 else None
-    return ensemble.mean(0).clamp(-1, 1), spread
+
+    mean: Float[Tensor, "b 1 *dhw"]
+    std: Float[Tensor, "b 1 *dhw"] | None
+    epistemic: Float[Tensor, "b 1 *dhw"] | None
+    aleatoric: Float[Tensor, "b 1 *dhw"] | None
+
+
+def summary_of(
+    draws: Float[Tensor, "m k b 1 d h w"] | Float[Tensor, "k b 1 d h w"],
+) -> Summary:
+    """Mean over all draws, and their standard deviation in its two parts (``total_variance``).
+
+    Without an axis of models there is one. A draw may leave model space by its noise. As an image
+    it is clamped; clamped before their mean is taken, though, all draws would move air up.
+    """
+    draws = draws[None] if draws.ndim == 6 else draws
+    models, members = draws.shape[:2]
+    _, epistemic, aleatoric = total_variance(draws.clamp(-1, 1))
+    return Summary(
+        mean=draws.mean((0, 1)).clamp(-1, 1),
+        std=(epistemic + aleatoric).sqrt() if models * members > 1 else None,
+        epistemic=epistemic.sqrt() if models > 1 else None,
+        aleatoric=aleatoric.sqrt() if members > 1 else None,
+    )
+
+
+def summarise(
+    draws: Float[Tensor, "m k b 1 d h w"] | Float[Tensor, "k b 1 d h w"],
+) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"] | None]:
+    """Mean and standard deviation of ``summary_of``: None for one draw."""
+    summary = summary_of(draws)
+    return summary.mean, summary.std

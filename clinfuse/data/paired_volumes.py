@@ -156,6 +156,7 @@ def study_item(
     mri = clean_mri if study.mri is study.clean_mri else with_gamma(image(study.mri), gamma)
     clean_ct = image(study.clean_ct)
     clean_roi = masks(study.roi)
+    findings = masks(study.findings) if study.findings.any() else study.findings
     is_still = torch.equal(misregistration, torch.eye(4, dtype=misregistration.dtype))
     ct = clean_ct if is_still and study.ct is study.clean_ct else image(study.ct, moved_matrix)
     bone = clean_roi[1:2] if is_still else masks(study.roi[1:2], moved_matrix)
@@ -165,7 +166,6 @@ def study_item(
     if study.has_own_reference or (unchanged and gamma == 1):
         reference = image(study.reference)
     else:
-        findings = masks(study.findings) if study.findings.any() else study.findings
         reference = reference_of(clean_ct, clean_mri, clean_roi, findings, spacing_mm, study.ct_map)
     return FusionBatch(
         mri=mri[None],
@@ -181,6 +181,7 @@ def study_item(
             None
         ],
         misregistration=misregistration.float()[None],
+        findings=findings[None],
     )
 
 

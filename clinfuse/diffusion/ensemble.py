@@ -69,6 +69,11 @@ def centred_estimate(
     return rearrange(centred, "b k ... -> (b k) ...")
 
 
+def ensemble_mean(x0_hat: Float[Tensor, "bk c *dhw"], members: int) -> Float[Tensor, "b c *dhw"]:
+    """Mean over the members of each case; differentiable."""
+    return _by_case(x0_hat, members).mean(1)
+
+
 def ensemble_variance(
     x0_hat: Float[Tensor, "bk c *dhw"], members: int
 ) -> Float[Tensor, "b c *dhw"]:

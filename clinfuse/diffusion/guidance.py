@@ -6,7 +6,7 @@ caller's. The samplers call ``guided_estimate`` and subtract the correction it r
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clinfuse.diffusion.ensemble import (
+    ensemble_mean,
     ensemble_uncertainty,
     ensemble_variance,
     eta_eff,
@@ -27,31 +28,45 @@ class Guide:
     """A correction to subtract from x_{t-1}, and the noise levels at which it is wanted.
 
     Attributes:
-        correction: maps (x_t, alpha_bar_t, x0_hat) to a tensor in the shape of x_t.
+        correction: maps (x_t, noise level, x0_hat) to a tensor in the shape of x_t.
         needs_graph: whether x0_hat must come with its graph back to x_t. That costs the memory of
             a training step.
         start: highest noise level 1 - alpha_bar_t that is guided; 1 guides from pure noise on.
         end: lowest noise level that is guided; 0 guides to the last step.
+        refused: which samples of a step had a gradient that is not finite, one tensor a step.
+            Kept on the device, so that no step waits for the answer; ``warn_of_refused`` reads it.
     """
 
-    correction: Callable[[Tensor, Tensor, Tensor], Tensor]
+    correction: Callable[[Tensor, float, Tensor], Tensor]
     needs_graph: bool = False
     start: float = 1.0
     end: float = 0.0
+    refused: list[Tensor] = field(default_factory=list)
 
-    def is_active(self, alpha_bar_t: Float[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        """Which cases lie at a level that is guided, bounds included."""
-        return (self.end <= 1 - alpha_bar_t) & (1 - alpha_bar_t <= self.start)
+    def is_active(self, noise_level: float) -> bool:
+        """Whether a level is guided, bounds included."""
+        return self.end <= noise_level <= self.start
 
     def __call__(
         self,
         x_t: Float[Tensor, "b c *dhw"],
-        alpha_bar_t: Float[Tensor, " b"],
+        noise_level: float,
         x0_hat: Float[Tensor, "b c *dhw"],
     ) -> Float[Tensor, "b c *dhw"]:
-        """What to subtract from x_{t-1}, detached; 0 for a case outside the guided levels."""
-        active = self.is_active(alpha_bar_t).reshape(-1, *[1] * (x_t.ndim - 1))
-        return torch.where(active, self.correction(x_t, alpha_bar_t, x0_hat).detach(), 0.0)
+        """What to subtract from x_{t-1}, detached; 0 outside the guided levels."""
+        if not self.is_active(noise_level):
+            return torch.zeros_like(x_t)
+        return self.correction(x_t, noise_level, x0_hat).detach()
+
+    def warn_of_refused(self) -> None:
+        """Say, after a walk, whether some samples went unguided in some steps."""
+        if self.refused and torch.stack(self.refused).any():
+            warnings.warn(
+                "a guidance gradient was not finite: its case was left unguided in that step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.refused.clear()
 
 
 def roi_guide(
@@ -66,16 +81,20 @@ def roi_guide(
     reference_std: float = 0.1,
     early_loss: Callable[[Tensor], Tensor] | None = None,
     early_until: float = 1.0,
+    of_mean: bool = False,
 ) -> Guide:
     """The guide of Alg. 1 line 10: eta_eff * grad L_ROI + eta_u * grad U.
 
     Both gradients have unit root mean square, so eta and eta_u are steps in units of x_t: L_ROI's
     in every sample, U's over all members of a case, whose relative sizes so survive (at x0_hat they
-    sum to 0 and leave the ensemble mean alone). The paper does not say how they are scaled.
+    sum to 0 and leave the ensemble mean alone). The paper does not say how they are scaled. No step
+    is longer than to where the loss, if it went on falling in a straight line, would reach 0
+    (Polyak 1987): of a squared error that is half of the way. So an eta too large is
+    a waste and no danger, and what has arrived is not shaken by steps of a fixed length.
 
     Args:
-        loss: maps x0_hat to one loss a case; a method that diffuses a residual turns x0_hat into
-            F here. Must be differentiable, and treat cases apart.
+        loss: maps x0_hat to one loss a case, 0 at best; a method that diffuses a residual turns
+            x0_hat into F here. Must be differentiable, and treat cases apart.
         eta: strength of the loss; 0 leaves it out.
         eta_u: strength of the pull towards low spread; without effect on a single member.
         kappa: how strongly spread raises eta (Eq. 4, which halves eta where there is no spread);
@@ -91,49 +110,62 @@ def roi_guide(
             the parts that cannot read an estimate so rough (Alg. 1 line 7). None is the loss
             itself.
         early_until: highest noise level at which the loss itself is taken.
+        of_mean: whether the loss is that of the members' mean, the predictive mean on its way:
+            ``loss`` then sees one x0_hat a case, and at x0 all members take the same step,
+            so that they keep the spread between them. False guides each by itself.
     """
     if gradient not in ("full", "x0"):
         raise ValueError(f"expected gradient 'full' or 'x0', got {gradient!r}")
     use_spread = eta_u != 0 and members > 1
+    spread = partial(ensemble_uncertainty, members=members)
+    group = members if of_mean else 1
+    refused: list[Tensor] = []
 
-    def loss_at(alpha_bar_t: Tensor) -> Callable[[Tensor], Tensor]:
-        is_early = 1 - alpha_bar_t > early_until
-        if early_loss is None or not is_early.any():
-            return loss
-        if is_early.all():
-            return early_loss
-        return lambda x0_hat: torch.where(is_early, early_loss(x0_hat), loss(x0_hat))
+    def loss_at(noise_level: float) -> Callable[[Tensor], Tensor]:
+        chosen = loss if early_loss is None or noise_level <= early_until else early_loss
+        return (lambda x0_hat: chosen(ensemble_mean(x0_hat, members))) if of_mean else chosen
 
-    def correction(x_t: Tensor, alpha_bar_t: Tensor, x0_hat: Tensor) -> Tensor:
+    def correction(x_t: Tensor, noise_level: float, x0_hat: Tensor) -> Tensor:
         towards_x_t = x_t if gradient == "full" else None
         total = torch.zeros_like(x_t)
         if use_spread:
-            spread = partial(ensemble_uncertainty, members=members)
             slope = loss_gradient(spread, x0_hat, towards_x_t, members, retain_graph=eta != 0)
-            total = total + eta_u * slope
+            total = total + slope.step(eta_u)
+            refused.append(~slope.is_finite)
         if eta != 0:
-            slope = loss_gradient(loss_at(alpha_bar_t), x0_hat, towards_x_t)
-            total = total + _voxelwise_eta(eta, kappa, x0_hat, members, reference_std) * slope
+            slope = loss_gradient(loss_at(noise_level), x0_hat, towards_x_t, group)
+            strength = _voxelwise_eta(kappa, x0_hat, members, reference_std)
+            total = total + strength * slope.step(eta)
+            refused.append(~slope.is_finite)
         return total
 
-    return Guide(correction, gradient == "full" and (eta != 0 or use_spread), start, end)
+    needs_graph = gradient == "full" and (eta != 0 or use_spread)
+    return Guide(correction, needs_graph, start, end, refused)
 
 
 def guided_estimate(
     denoise: Denoiser,
     x_t: Float[Tensor, "b c *dhw"],
     alpha_bar_t: Float[Tensor, " b"],
+    noise_level: float,
     guide: Guide | None,
 ) -> tuple[Float[Tensor, "b c *dhw"], Float[Tensor, "b c *dhw"]]:
     """One call of the denoiser: x0_hat, and the correction for x_{t-1}; both detached.
 
     A graph is kept only if the guide is active at this level and asks for it.
 
+    Args:
+        denoise: maps (x_t, alpha_bar_t) to x0_hat.
+        x_t: the samples.
+        alpha_bar_t: signal power kept, as the denoiser wants it.
+        noise_level: 1 - alpha_bar_t as a plain number, by which the guide decides what to do.
+        guide: None guides nothing.
+
     Raises:
         RuntimeError: if a guide is active inside torch.inference_mode, which forbids gradients, or
             if it needs a graph and the denoiser has cut it.
     """
-    if guide is None or not guide.is_active(alpha_bar_t).any():
+    if guide is None or not guide.is_active(noise_level):
         with torch.no_grad():
             return denoise(x_t, alpha_bar_t), torch.zeros_like(x_t)
     if torch.is_inference_mode_enabled():
@@ -143,7 +175,29 @@ def guided_estimate(
         x0_hat = denoise(x_t, alpha_bar_t)
     if guide.needs_graph and not x0_hat.requires_grad:
         raise RuntimeError("x0_hat has no graph back to x_t: does the denoiser run in no_grad?")
-    return x0_hat.detach(), guide(x_t, alpha_bar_t, x0_hat)
+    return x0_hat.detach(), guide(x_t, noise_level, x0_hat)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Where a loss rises, and how far it is worth walking down.
+
+    Attributes:
+        direction: the gradient with unit root mean square in each sample, or group of members; 0
+            where it is 0 or not finite.
+        reach: the Polyak step of each group, loss / |gradient|^2, in units of ``direction``.
+        is_finite: whether the gradient of each sample is.
+    """
+
+    direction: Float[Tensor, "b c *dhw"]
+    reach: Float[Tensor, " g"]
+    is_finite: Bool[Tensor, " b"]
+
+    def step(self, length: float) -> Float[Tensor, "b c *dhw"]:
+        """The direction times a length, which the reach bounds."""
+        bounded = self.reach.clamp(max=length)
+        bounded = bounded.repeat_interleave(len(self.direction) // len(bounded))
+        return bounded.reshape(-1, *[1] * (self.direction.ndim - 1)) * self.direction
 
 
 @torch.enable_grad()
@@ -153,52 +207,58 @@ def loss_gradient(
     x_t: Float[Tensor, "b c *dhw"] | None = None,
     members: int = 1,
     retain_graph: bool = False,
-) -> Float[Tensor, "b c *dhw"]:
+) -> Slope:
     """The loss's gradient with unit root mean square: at x0_hat, or back through it at x_t.
 
     The chain rule in two parts. The loss's own graph is gone before the denoiser's is walked, and
     what walks it is of order 1, which half precision does not round to 0.
 
     Args:
-        loss: maps x0_hat to one loss a case, each case's own.
+        loss: maps x0_hat to one loss a sample, or one a group of members: each its own.
         x0_hat: the estimate; with its graph back to x_t, if x_t is given.
         x_t: what x0_hat was computed from; None stops at x0_hat.
         members: how many neighbours in the batch share one root mean square.
         retain_graph: keep the graph of x0_hat for another call.
     """
     leaf = x0_hat.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(loss(leaf).sum(), leaf)
-    slope = normalise_rms(slope, members)
-    if x_t is None:
-        return slope
-    (slope,) = torch.autograd.grad(x0_hat, x_t, slope, retain_graph=retain_graph)
-    return normalise_rms(slope, members)
+    value = loss(leaf)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    direction, rms = normalise_rms(gradient, members)
+    if x_t is not None:
+        (gradient,) = torch.autograd.grad(x0_hat, x_t, direction, retain_graph=retain_graph)
+        direction, further = normalise_rms(gradient, members)
+        rms = rms * further
+    size = direction[0].numel() * members
+    value = value.detach().reshape(len(rms), -1).sum(1)
+    reach = (value / (rms * size)).nan_to_num(nan=0, posinf=torch.inf, neginf=0).clamp(min=0)
+    is_finite = rms.isfinite().repeat_interleave(members)
+    return Slope(direction, reach, is_finite)
 
 
 def normalise_rms(
     gradient: Float[Tensor, "b c *dhw"], members: int = 1
-) -> Float[Tensor, "b c *dhw"]:
-    """The gradient scaled to unit root mean square in each sample, or group of members.
+) -> tuple[Float[Tensor, "b c *dhw"], Float[Tensor, " g"]]:
+    """The gradient scaled to unit root mean square in each sample, or group of members, and that.
 
-    Zero stays zero. A sample whose gradient is not finite gets zero, so is not guided in this step,
-    and a RuntimeWarning says so.
+    Zero stays zero. A group whose gradient is not finite gets zero, so is not guided in this step;
+    its root mean square is infinite.
     """
     grouped = gradient.reshape(len(gradient) // members, -1)
     largest = grouped.abs().amax(1, keepdim=True)
-    if not largest.isfinite().all():
-        warnings.warn("a guidance gradient is not finite: case left unguided", RuntimeWarning, 2)
     # Dividing by the largest value first keeps the squares of a tiny gradient from underflowing.
     usable = largest.isfinite() & (largest > 0)
     scaled = torch.where(usable, grouped / torch.where(usable, largest, 1.0), 0.0)
     rms = scaled.square().mean(1, keepdim=True).sqrt()
-    return (scaled / torch.where(usable, rms, 1.0)).reshape_as(gradient)
+    direction = (scaled / torch.where(usable, rms, 1.0)).reshape_as(gradient)
+    return direction, torch.where(largest.isfinite(), rms * largest, torch.inf)[:, 0]
 
 
 def _voxelwise_eta(
-    eta: float, kappa: float | None, x0_hat: Tensor, members: int, reference_std: float
+    kappa: float | None, x0_hat: Tensor, members: int, reference_std: float
 ) -> Tensor | float:
+    """Eq. 4's eta_eff in units of eta."""
     if kappa is None:
-        return eta
+        return 1.0
     variance = ensemble_variance(x0_hat.detach(), members)
     uncertainty = normalised_uncertainty(variance, reference_std)
-    return eta_eff(eta, kappa, uncertainty).repeat_interleave(members, 0)
+    return eta_eff(1.0, kappa, uncertainty).repeat_interleave(members, 0)

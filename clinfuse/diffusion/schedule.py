@@ -54,8 +54,11 @@ def levels_for(alpha_bars: Float[Tensor, " n"], steps: int) -> Float[Tensor, " s
 
 def walk(
     levels: Float[Tensor, " n"], x_T: Float[Tensor, "b c *dhw"]
-) -> Iterator[tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:
-    """Pairs (alpha_bar now, alpha_bar after) of each step, one value a case; the last ends at 1.
+) -> Iterator[tuple[float, Float[Tensor, " b"], Float[Tensor, " b"]]]:
+    """(Noise level, alpha_bar now, alpha_bar after) of each step; the last ends at 1.
+
+    The levels are read once, before the first step; so what depends on the noise level
+    1 - alpha_bar now, a plain number, is decided without waiting for the device.
 
     Raises:
         ValueError: if levels do not rise strictly within [0, 1), from noisiest to cleanest.
@@ -64,7 +67,7 @@ def walk(
     if not (path[0] >= 0 and all(now < after for now, after in pairwise(path))):
         raise ValueError(f"expected levels in [0, 1) that rise from noisiest, got {levels}")
     for now, after in pairwise(path):
-        yield x_T.new_full(x_T.shape[:1], now), x_T.new_full(x_T.shape[:1], after)
+        yield 1 - now, x_T.new_full(x_T.shape[:1], now), x_T.new_full(x_T.shape[:1], after)
 
 
 @dataclass(frozen=True, eq=False)

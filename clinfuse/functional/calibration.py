@@ -5,10 +5,11 @@ the stated standard deviation of ``error`` = prediction - truth, voxel by voxel,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -16,6 +17,9 @@ from clinfuse.functional.regional import regional_mean
 
 BINS = 15
 """Bins of every binned score (Guo et al. 2017; Laves et al. 2020)."""
+
+LEAST = 1e-4
+"""The smallest error that a curve states, in model space: where none was found one may yet come."""
 
 
 def total_variance(
@@ -134,7 +138,13 @@ def expected_calibration_error(
     mask: Bool[Tensor, "b 1 *dhw"],
     bins: int = BINS,
 ) -> Float[Tensor, " b"]:
-    """ECE of a lesion's probability over equally wide bins of confidence: torchmetrics' own."""
+    """Share-weighted gap between the probability of lesion and its frequency: torchmetrics' own.
+
+    Guo et al. (2017), Eq. 3, over equally wide bins of the probability of lesion itself, not of the
+    likelier class: where 0.3 is said, 30 % of the voxels should be lesion. Where lesions are rare
+    nearly all voxels lie in the lowest bin, and a head that never says lesion scores their share,
+    which is small: read it beside ``brier`` and a score of the segmentation.
+    """
 
     def score(p: Tensor, t: Tensor) -> Tensor:
         return binary_calibration_error(p, t.long(), bins)
@@ -157,11 +167,61 @@ def conformal_quantile(scores: Float[Tensor, " n"], level: float) -> float:
     return math.inf if rank > len(scores) else float(scores.kthvalue(rank).values)
 
 
+def error_curve(
+    cases: Sequence[Float[Tensor, "2 _"]], bins: int, fewest: int = 30
+) -> Float[Tensor, "2 n"]:
+    """Knots of the curve from the stated to the found size of errors; neither ever falls.
+
+    Bins of a case hold equally many of its voxels, in order of the stated standard deviation, as
+    those of ``ence`` do. A knot is the median over cases of a bin's root mean variance, and that
+    times the median of found / stated, so that one patient that went wrong does not rule. Isotonic
+    regression (Barlow et al. 1972) levels where more is stated and less found. Bins that state
+    the same but for a hundredth are one.
+
+    Args:
+        cases: error and stated standard deviation of each case's voxels.
+        bins: at most as many knots.
+        fewest: voxels that a bin needs; cases too small for it are heard only if all are, as one.
+    """
+    heard = [case for case in cases if case.shape[1] >= bins * fewest] or [torch.cat([*cases], 1)]
+    bins = min(bins, heard[0].shape[1])
+    squares = torch.stack([_binned_squares(case.double(), bins) for case in heard], 1)
+    variance = squares[1].quantile(0.5, 0)
+    found = variance * (squares[0] / squares[1]).quantile(0.5, 0)
+    apart = [k for k in range(1, bins) if variance[k] > 1.02 * variance[k - 1]]
+    variance, found = (
+        torch.stack([part.mean() for part in column.tensor_split(apart)])
+        for column in (variance, found)
+    )
+    level = torch.from_numpy(isotonic_regression(found.numpy()).x)
+    return torch.stack([variance, level.clamp(min=LEAST**2)]).sqrt()
+
+
+def on_curve(
+    stated: Float[Tensor, "*shape"], curve: Float[Tensor, "2 n"]
+) -> Float[Tensor, "*shape"]:
+    """What the knots make of a stated standard deviation; beyond the ends in the ratio found there.
+
+    Linear between knots. One knot is a factor.
+    """
+    x, y = curve
+    slope = torch.cat([(y / x)[:1], y.diff() / x.diff(), (y / x)[-1:]])
+    x_0, y_0 = torch.nn.functional.pad(curve, (1, 0))
+    segment = torch.bucketize(stated, x)
+    return y_0[segment] + slope[segment] * (stated - x_0[segment])
+
+
 def with_temperature(
     probability: Float[Tensor, "*shape"], temperature: float
 ) -> Float[Tensor, "*shape"]:
     """sigmoid(logit / temperature) of a probability (Guo et al. 2017); above 1 it is less sure."""
     return torch.sigmoid(torch.logit(probability, eps=1e-6) / temperature)
+
+
+def _binned_squares(case: Tensor, bins: int) -> Tensor:
+    """Mean square of error and of standard deviation in each bin."""
+    squares = case[:, case[1].argsort(stable=True)].square()
+    return torch.stack([part.mean(1) for part in squares.tensor_split(bins, 1)], 1)
 
 
 def _relative_gap(std: Tensor, error: Tensor) -> Tensor:

@@ -52,12 +52,12 @@ class FusionMethod(LightningModule):
         return batch.roi
 
     def test_step(self, batch: FusionBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The ensemble; callbacks score it."""
-        return self.ensemble(batch)
+        """All model draws; callbacks score them."""
+        return self.model_draws(batch)
 
     def validation_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
-        """The ensemble; callbacks score it."""
-        return self.ensemble(batch)
+        """All model draws; callbacks score them."""
+        return self.model_draws(batch)
 
     @property
     def is_trainable(self) -> bool:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from clinfuse.functional.spacing import SpacingMm
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.types import FusionBatch
 
@@ -11,18 +12,20 @@ from clinfuse.types import FusionBatch
 def roi_loss(
     loss: ClinicalRoiLoss,
     fused: Float[Tensor, "b 1 *dhw"],
-    batch: FusionBatch,
     mri: Float[Tensor, "b 1 *dhw"],
     ct: Float[Tensor, "b 1 *dhw"],
     roi: Bool[Tensor, "b r *dhw"],
+    spacing_mm: SpacingMm,
+    lesion_distance_mm: Float[Tensor, "b 1 *dhw"] | None = None,
     lesion_head: nn.Module | None = None,
 ) -> Float[Tensor, " b"]:
     """L_ROI of Eq. 2 for each case, against the sources and masks given, in full precision.
 
-    The lesion terms need a lesion head; without one gamma has nothing to weigh and they are 0.
+    The lesion terms need a lesion head; without one gamma has nothing to weigh and they are 0. With
+    gamma 0 the head is not asked.
     """
     brain, bone, lesion = roi.split(1, 1)
-    probability = None if lesion_head is None else lesion_head(fused)
+    probability = None if lesion_head is None or loss.gamma == 0 else lesion_head(fused)
     with torch.autocast(fused.device.type, enabled=False):
         terms = loss(
             fused.float(),
@@ -30,10 +33,10 @@ def roi_loss(
             ct,
             brain,
             bone,
-            batch.spacing_mm,
+            spacing_mm,
             None if probability is None else probability.float(),
             lesion,
-            batch.lesion_distance_mm,
+            lesion_distance_mm,
         )
     return terms.total
 
@@ -49,7 +52,8 @@ def clean_roi_loss(
     The paper writes I_M and I_C; in training the CT is moved on purpose, and comparing with the
     moved one would teach the network to leave bone where it does not belong.
     """
-    return roi_loss(loss, fused, batch, *clean_pair_of(batch), lesion_head)
+    clean = clean_pair_of(batch)
+    return roi_loss(loss, fused, *clean, batch.spacing_mm, batch.lesion_distance_mm, lesion_head)
 
 
 def reference_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:

@@ -1,7 +1,8 @@
 """CLIN-FuseDiff++: sample what a registration-aware blend leaves open, guided by L_ROI (Alg. 1)."""
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from clinfuse.diffusion.process import (
     target_for,
     x0_from_prediction,
 )
+from clinfuse.functional.spacing import shared_spacing
 from clinfuse.losses.denoising import denoising_loss
 from clinfuse.losses.diffusion import diffusion_loss, noise_level_weight
 from clinfuse.losses.reference import ReferenceLoss
@@ -34,7 +36,11 @@ from clinfuse.methods.base import (
 from clinfuse.methods.objective import clean_pair_of, clean_roi_loss, reference_of, roi_loss
 from clinfuse.networks.fusion_unet import Condition, FusionUNet
 from clinfuse.networks.registered_blend import Anchor, NoAnchor, RegisteredBlend
-from clinfuse.networks.rigid_registration import SynthesisRegistration, move
+from clinfuse.networks.rigid_registration import (
+    SynthesisRegistration,
+    move,
+    registration_error_mm,
+)
 from clinfuse.networks.source_denoiser import SourceDenoisers
 from clinfuse.types import Denoiser, FusionBatch
 
@@ -56,6 +62,13 @@ class Guidance:
         reference_std: spread of r_0 at which Eq. 4's uncert is one half.
         lesion_start: highest noise level at which the lesion head reads F (Alg. 1 line 7): 1 is
             every step, 0.6 the last two of four with the cosine schedule.
+        of_mean: whether L_ROI is that of the ensemble's mean, which is what is handed out: all
+            members then move alike and keep their spread, at the price of one loss. False
+            guides each member by itself.
+        tolerance_mm: how far the anchor's registration may want to move the CT (root mean square
+            over the brain) for bone to be guided to the CT as it was given all the same. A motion
+            below the registration's own error says nothing, and moving the CT costs detail.
+            0 always guides to the registered CT, infinity to the CT as given (the paper).
     """
 
     eta: float
@@ -66,6 +79,8 @@ class Guidance:
     end: float = 0.0
     reference_std: float = 1.0
     lesion_start: float = 1.0
+    of_mean: bool = True
+    tolerance_mm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -157,6 +172,7 @@ class RoiDiffusion(FusionMethod):
         self.warmup_steps = warmup_steps
         self.parameterisation, self.centred = parameterisation, centred
         self.lesion_head, self.seed = lesion_head, seed
+        self.other_anchors = nn.ModuleList()
 
     alpha_bars: Tensor
 
@@ -176,21 +192,49 @@ class RoiDiffusion(FusionMethod):
         They may leave model space by their noise; their mean is clamped. Clamping each would move
         the mean away from -1 in all the air, which whole-image SSIM sees.
         """
-        k = self.members
         with torch.no_grad():
             anchor = self.anchor(batch)
+        return self._sampled(batch, anchor)
+
+    def model_draws(self, batch: FusionBatch) -> Float[Tensor, "m k b 1 *dhw"]:
+        """``ensemble``, then the same from each anchor of ``add_draw``.
+
+        The noise is the same for all, so that what differs is the model. It is the anchor that
+        makes the mean (``centred``), so it is the anchor whose doubt is epistemic.
+        """
+        with torch.no_grad():
+            anchors = [anchor(batch) for anchor in (self.anchor, *self.other_anchors)]
+        return torch.stack([self._sampled(batch, anchor) for anchor in anchors])
+
+    def add_draw(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the anchor of another point of the training as a model draw.
+
+        Args:
+            weights: names and values as in ``state_dict``; what is missing is as it is here.
+        """
+        anchor, prefix = copy.deepcopy(self.anchor), "anchor."
+        named = {name.removeprefix(prefix): w for name, w in weights.items() if prefix in name}
+        anchor.load_state_dict(anchor.state_dict() | named)
+        self.other_anchors.append(anchor.to(self.device).eval())
+
+    def _sampled(self, batch: FusionBatch, anchor: Anchor) -> Float[Tensor, "k b 1 *dhw"]:
+        k = self.members
+        with torch.no_grad():
             condition = self._encode(anchor).repeat(k)
         anchors = anchor.repeat(k)
         noise = [
             ensemble_noise(mean.expand(k, *mean.shape[1:]), k, case_generator(case, self.seed))
             for mean, case in zip(anchor.mean.split(1), batch.case_id, strict=True)
         ]
+        guide = self._guide(batch, anchor)
         r_0 = self.sampler(
             self._denoiser(condition),
             torch.cat(noise),
             self.levels(self.alpha_bars, self.steps),
-            guide=self._guide(batch.repeat(k), anchors),
+            guide=guide,
         )
+        if guide is not None:
+            guide.warn_of_refused()
         fused = anchors.mean + anchors.scale * r_0
         return rearrange(fused, "(b k) ... -> k b ...", k=k)
 
@@ -213,10 +257,22 @@ class RoiDiffusion(FusionMethod):
         if settings.eta == 0 and settings.eta_u == 0:
             return None
 
+        mri, ct, roi = guiding_sources(batch, anchor, settings.tolerance_mm)
+        seen = 1 if settings.of_mean else self.members
+        spacing_mm = shared_spacing(
+            batch.spacing_mm
+        )  # read once: in the loop it would be waited for
+        distance_mm = batch.lesion_distance_mm
+        if distance_mm is not None:
+            distance_mm = repeated(distance_mm, seen)
+        mean, scale, mri, ct, roi = (
+            repeated(volume, seen) for volume in (anchor.mean, anchor.scale, mri, ct, roi)
+        )
+
         def loss(x0_hat: Tensor, lesion_head: nn.Module | None) -> Tensor:
-            fused = anchor.mean + anchor.scale * x0_hat
-            sources = (anchor.mri, anchor.ct, anchor.roi > 0.5)
-            return roi_loss(self.guidance_loss, fused, batch, *sources, lesion_head)
+            fused = mean + scale * x0_hat
+            weighed = self.guidance_loss
+            return roi_loss(weighed, fused, mri, ct, roi, spacing_mm, distance_mm, lesion_head)
 
         return roi_guide(
             partial(loss, lesion_head=self.lesion_head),
@@ -230,6 +286,7 @@ class RoiDiffusion(FusionMethod):
             reference_std=settings.reference_std,
             early_loss=partial(loss, lesion_head=None),
             early_until=settings.lesion_start,
+            of_mean=settings.of_mean,
         )
 
     # Training: Eq. 3 in three stages.
@@ -240,6 +297,13 @@ class RoiDiffusion(FusionMethod):
         steps = int(self.trainer.estimated_stepping_batches)
         sources = round(self.shares[0] * steps)
         return sources, sources + round(self.shares[1] * steps), steps
+
+    @property
+    def draw_stages(self) -> list[tuple[int, int, tuple[str, ...]]]:
+        """First step, end and names of the weights of each stage that model draws differ in."""
+        sources_end, anchor_end, _ = self.stage_ends
+        prepared = ("anchor.registration.", "anchor.denoisers.")
+        return [(0, sources_end, prepared), (sources_end, anchor_end, ("anchor.network.",))]
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
         sources_end, anchor_end, _ = self.stage_ends
@@ -310,6 +374,31 @@ class RoiDiffusion(FusionMethod):
         ]
         trained = [stage for stage in stages if stage.parameters]
         return staged_optimizer(self.optimizer, trained, self.warmup_steps)
+
+
+def guiding_sources(
+    batch: FusionBatch, anchor: Anchor, tolerance_mm: float
+) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Bool[Tensor, "b r *dhw"]]:
+    """The MRI, CT and masks that F is guided to: as the anchor prepares them, but for two things.
+
+    A CT that the registration would move by no more than ``tolerance_mm`` is taken as it was given,
+    with its bone mask. And bone ends where the brain begins: the brain mask is the
+    MRI's own, and where a bone mask that was moved reaches into it, it is wrong.
+    """
+    mri, ct, roi = anchor.mri, anchor.ct, anchor.roi > 0.5
+    if anchor.registration is not None:
+        motion, brain = anchor.registration.motion, batch.brain.to(ct.dtype)
+        still = torch.eye(motion.shape[-1]).to(motion).expand_as(motion)
+        wanted_mm = registration_error_mm(motion, still, brain, batch.spacing_mm)
+        is_still = (wanted_mm <= tolerance_mm).reshape(-1, *[1] * (ct.ndim - 1))
+        ct, roi = torch.where(is_still, batch.ct, ct), torch.where(is_still, batch.roi, roi)
+    brain, bone, lesion = roi.split(1, 1)
+    return mri, ct, torch.cat([brain, bone & ~brain, lesion], 1)
+
+
+def repeated(volume: Tensor, times: int) -> Tensor:
+    """Every case ``times`` times in place (a a b b)."""
+    return volume if times == 1 else volume.repeat_interleave(times, 0)
 
 
 def scale_loss(

@@ -9,7 +9,12 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from clinfuse.functional.calibration import conformal_quantile, with_temperature
+from clinfuse.functional.calibration import (
+    conformal_quantile,
+    error_curve,
+    on_curve,
+    with_temperature,
+)
 
 REGIONS = ("brain", "bone", "tissue", "air")
 """Where calibration differs: errors are not of one kind. What is neither brain nor bone is air
@@ -24,6 +29,12 @@ FLOOR = 0.005
 VOXELS = 20_000
 """Voxels of a case and region that calibration is fitted on, so that all cases count alike."""
 
+KNOTS = 8
+"""Of the curve of a region, at most; chosen by leaving validation cases out."""
+
+FOLDS = 10
+"""Parts that the cases are dealt into, each scored by the curve of the others."""
+
 _TEMPERATURES = (0.05, 20.0)
 
 
@@ -33,16 +44,18 @@ class Calibration:
 
     Attributes:
         level: share of voxels that an interval should cover.
-        std_scale: factor by region that makes the mean variance the mean squared error; the median
-            over cases, so that one patient that went wrong does not rule.
-        quantile: conformal half-width of the interval by region, in units of the spread.
-        temperature: of the lesion probability; None where no head predicted any.
+        curve: by region, from the spread (``FLOOR`` included) to the size of the errors found where
+            it was stated: two rows of knots, as ``functional.calibration.error_curve``.
+        quantile: conformal half-width of the interval by region, in units of the calibrated
+            standard deviation: 1.64 at a level of 0.9 if errors are normal.
+        temperature: of the lesion probability; None where no head predicted any, or no case has
+            lesion to judge it by.
         case_ids: what it was fitted on.
         misregistration_mm: at which.
     """
 
     level: float
-    std_scale: Mapping[str, float]
+    curve: Mapping[str, Sequence[Sequence[float]]]
     quantile: Mapping[str, float]
     temperature: float | None
     case_ids: Sequence[str]
@@ -55,7 +68,12 @@ class Calibration:
         roi: Bool[Tensor, "b r *dhw"],
     ) -> Float[Tensor, "b 1 *dhw"]:
         """The calibrated standard deviation of the predictive mean's error; as ``interval``."""
-        return (spread + FLOOR) * _by_region(self.std_scale, roi, fused)
+        region, stated = region_map(roi, fused), spread + FLOOR
+        std = torch.empty_like(stated)
+        for index, name in enumerate(REGIONS):
+            here = region == index
+            std[here] = on_curve(stated[here], stated.new_tensor(self.curve[name]))
+        return std
 
     def interval(
         self,
@@ -70,7 +88,8 @@ class Calibration:
             spread: ensemble standard deviation.
             roi: masks as the method places them; with ``fused`` they decide the region.
         """
-        half = (spread + FLOOR) * _by_region(self.quantile, roi, fused)
+        quantile = fused.new_tensor([self.quantile[region] for region in REGIONS])
+        half = self.std(fused, spread, roi) * quantile[region_map(roi, fused)]
         return (fused - half).clamp(-1, 1), (fused + half).clamp(-1, 1)
 
     def probability(self, probability: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
@@ -121,22 +140,26 @@ class CalibrationSample:
     def fit(self, misregistration_mm: float) -> Calibration:
         """The calibration of what was collected.
 
+        A curve is fitted on all cases. The conformal scores |error| / std of a case are by a curve
+        that has not seen it, where there are two (cross-conformal prediction, Vovk 2015): by its
+        own, errors would look too small. Voxels of a patient are not exchangeable with those of
+        another: the finite-sample guarantee of ``conformal_quantile`` is of the average voxel of
+        patients like these, and no promise for each.
+
         Raises:
             ValueError: if no case was.
         """
         if not self.case_ids:
             raise ValueError("expected validation cases to calibrate on, got none")
         everywhere = [part for parts in self._found.values() for part in parts]
-        scale, quantile = {}, {}
+        curve, quantile = {}, {}
         for region, parts in self._found.items():
             here = parts or everywhere  # a region that no case has
-            ratios = [(error.square().sum() / std.square().sum()).sqrt() for error, std in here]
-            scale[region] = float(torch.stack(ratios).quantile(0.5))
-            error, std = torch.cat(here, 1)
-            quantile[region] = conformal_quantile(error.abs() / std, self.level)
+            curve[region] = error_curve(here, KNOTS).tolist()
+            quantile[region] = conformal_quantile(_scores(here), self.level)
         return Calibration(
             level=self.level,
-            std_scale=scale,
+            curve=curve,
             quantile=quantile,
             temperature=self._temperature(),
             case_ids=list(self.case_ids),
@@ -144,10 +167,15 @@ class CalibrationSample:
         )
 
     def _temperature(self) -> float | None:
-        """The temperature of least log loss (Guo et al. 2017, Sec. 4.2)."""
+        """The temperature of least log loss (Guo et al. 2017, Sec. 4.2).
+
+        Without a voxel of lesion, or of anything else, the least loss is at no doubt whatever.
+        """
         if not self._lesions:
             return None
         probability, lesion = (torch.cat(part) for part in zip(*self._lesions, strict=True))
+        if not lesion.any() or lesion.all():
+            return None
         logits = torch.logit(probability.double(), eps=1e-6)
 
         def loss(log_temperature: float) -> float:
@@ -202,9 +230,15 @@ def region_map(
     return torch.where(roi[:, 0:1], 0, torch.where(roi[:, 1:2], 1, outside))
 
 
-def _by_region(values: Mapping[str, float], roi: Tensor, fused: Tensor) -> Tensor:
-    table = fused.new_tensor([values[region] for region in REGIONS])
-    return table[region_map(roi, fused)]
+def _scores(cases: Sequence[Tensor]) -> Tensor:
+    """|error| / std of all voxels, each case's by the curve of others."""
+    folds = min(len(cases), FOLDS)
+    scores = []
+    for fold in range(folds):
+        others = [case for index, case in enumerate(cases) if index % folds != fold]
+        curve = error_curve(others or cases, KNOTS).float()
+        scores += [error.abs() / on_curve(std, curve) for error, std in cases[fold::folds]]
+    return torch.cat(scores)
 
 
 def _thinned(columns: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Every metric of the evaluation protocol for every case: the rows that all tables are made of."""
 
+from statistics import median
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -12,6 +14,7 @@ from clinfuse.functional.calibration import (
     expected_calibration_error,
     uce,
 )
+from clinfuse.functional.conspicuity import conspicuity
 from clinfuse.functional.fsim import fsim
 from clinfuse.functional.psnr import psnr
 from clinfuse.functional.regional import regional_mean
@@ -39,7 +42,10 @@ def case_metrics(
     Compares with the truth, never with the perturbed sources: brain with the clean MRI, bone with
     the clean CT, the whole grid with the reference, each within the clean masks. Where the batch
     has no clean field, its own sources and masks are the truth; without a reference, what needs one
-    is NaN. Lesion rows appear only with a prediction, so that none can be scored by its own mask.
+    is NaN. What says how well a lesion was found appears only with a prediction, so that none can
+    be scored by its own mask. ``conspicuity`` and ``conspicuity_min`` are the median and the
+    smallest over a case's lesions, and over its CT-only findings (roi ``findings``): how visible
+    they are in ``fused`` itself; NaN for a case without any.
 
     Args:
         fused: a method's output, in [-1, 1].
@@ -64,7 +70,7 @@ def case_metrics(
             raise ValueError(f"expected a finite fused volume, got NaN or inf in {case_id}")
     with torch.no_grad(), torch.autocast(fused.device.type, enabled=False):
         fused = fused.float()
-        columns = _similarity(fused, batch)
+        columns = _similarity(fused, batch) | _conspicuity(fused, batch)
         if lesion_probability is not None:
             columns |= _lesion(lesion_probability, batch, tau_mm)
             columns |= _lesion_calibration(lesion_probability, batch, calibration)
@@ -98,6 +104,19 @@ def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list
             ("whole", "fsim"): fsim(fused, batch.reference, whole),
         }
     return _as_lists(columns)
+
+
+def _conspicuity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list[float]]:
+    mri, ct, roi = batch.truth()
+    brain, lesion = roi[:, 0:1], roi[:, 2:3]
+    dense = torch.zeros_like(lesion) if batch.findings is None else batch.findings
+    columns = {}
+    for name, found, others in (("lesion", lesion, dense), ("findings", dense, lesion)):
+        shares = conspicuity(fused, mri, ct, found, brain, batch.spacing_mm, others)
+        defined = [share[~share.isnan()].tolist() or [torch.nan] for share in shares]
+        columns[name, "conspicuity"] = [median(of_case) for of_case in defined]
+        columns[name, "conspicuity_min"] = [min(of_case) for of_case in defined]
+    return columns
 
 
 def _lesion(

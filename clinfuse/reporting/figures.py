@@ -109,13 +109,14 @@ def reliability_figure(
 ) -> Figure:
     """Error found against error stated, root mean squares in bins: one panel a region.
 
-    On the diagonal an uncertainty says the truth; above it, it says too little.
+    On the diagonal an uncertainty says the truth; above it, it says too little, below it too much,
+    as each panel is labelled. All panels have one scale.
 
     Args:
         points: by region, then by kind (before and after calibration, say; the last one is set
             off), the stated and the found of each bin, in model space.
     """
-    figure = Figure(figsize=(3.6 * len(points), 3.5), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(points), 4.0), layout="compressed")
     found = [part for kinds in points.values() for part in kinds.values() if len(part)]
     low, high = (0.005, 1.0)
     if found:
@@ -123,7 +124,13 @@ def reliability_figure(
         low, high = 0.8 * values[values > 0].min(initial=1.0), 1.25 * values.max()
     line = figure.subplots(1, len(points), squeeze=False)[0]
     for axes, (region, kinds) in zip(line, points.items(), strict=True):
-        axes.plot([low, high], [low, high], color=QUIET, lw=0.8, ls=(0, (4, 3)))
+        (diagonal,) = axes.plot([low, high], [low, high], color=QUIET, lw=0.8, ls=(0, (4, 3)))
+        for text, x, y, across, along in (
+            ("says too little", 0.04, 0.96, "left", "top"),
+            ("says too much", 0.96, 0.04, "right", "bottom"),
+        ):
+            place: dict[str, Any] = {"ha": across, "va": along, "transform": axes.transAxes}
+            axes.text(x, y, text, fontsize=8, color=QUIET, style="italic", **place)
         for number, (kind, part) in enumerate(kinds.items()):
             is_last = number == len(kinds) - 1
             colour = ACCENT if is_last else SERIES[number]
@@ -132,14 +139,25 @@ def reliability_figure(
             axes.plot(part[:, 0], part[:, 1], color=colour, marker=marker, label=kind, **style)
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
         axes.set_title(region, loc="left", fontsize=10, color=INK, pad=8)
-        axes.set_xlabel("stated error (s.d.)", fontsize=8, color=QUIET)
-        axes.set_ylabel("error found (r.m.s.)", fontsize=8, color=QUIET)
+        axes.set_xlabel("error stated (s.d., model units)", fontsize=8, color=QUIET)
+        axes.set_ylabel("error found (r.m.s., model units)", fontsize=8, color=QUIET)
         axes.tick_params(labelsize=8, colors=QUIET, length=2, pad=3, which="major")
         axes.tick_params(length=0, labelsize=0, which="minor", labelcolor="none")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(QUIET)
         axes.grid(color=QUIET, alpha=0.18, lw=0.6)
-    line[0].legend(fontsize=8, frameon=False, loc="upper left", labelcolor=INK)
+    handles, kinds_shown = line[0].get_legend_handles_labels()
+    figure.legend(
+        [diagonal, *handles],
+        ["stated = found", *kinds_shown],
+        fontsize=8,
+        frameon=False,
+        loc="outside lower center",
+        ncols=1 + len(handles),
+        labelcolor=INK,
+    )
     return figure
 
 

@@ -34,6 +34,9 @@ CALIBRATION_SCORES = (
 NEITHER_IS_BETTER = frozenset({"coverage"})
 """Metrics with an aim of their own, of which none is best: coverage should be the level."""
 
+FINDING_KINDS = {"lesion": "lesion on MRI", "findings": "only on CT"}
+"""What a reader calls the findings of each roi that has a conspicuity."""
+
 LOWER_IS_BETTER = frozenset(
     {"hd95", "mae", "mse", "rmse", "ause", "nll", "lpips", "width"}
     | {name + suffix for name in ("ece", "brier", "uce", "ence") for suffix in ("", "_raw")}
@@ -47,7 +50,11 @@ _DASH = "\N{EN DASH}"
 _VARIANTS = ("preset", "mask_source", "steps")
 _GROUPS = ("method", "misregistration_mm")
 _UNITS = {"psnr": "dB", "hd95": "mm"}
-_NAMES = {"dice": "Dice", "ence_raw": "ENCE before calibration"}
+_NAMES = {
+    "dice": "Dice",
+    "ence_raw": "ENCE before calibration",
+    "conspicuity_min": "lowest conspicuity",
+}
 
 
 class Cell(NamedTuple):
@@ -165,6 +172,32 @@ def headline(
             key = (row.roi, row.metric, row.misregistration_mm, statistic)
             table.loc[row.method, key] = getattr(row, statistic)
     return table
+
+
+def conspicuity_table(rows: Rows) -> pd.DataFrame:
+    """Whether anything vanishes (method, section 3): the median, and the worst of all findings.
+
+    Returns:
+        One row a kind of finding, amplitude and method: ``finding``, ``CT moved (mm)``,
+        ``method``, ``cases`` that have a finding some source shows, ``median`` over them of a
+        case's own median, ``lowest`` of all findings and seeds, and ``worst case``, where that
+        is. Kinds that no case has are left out; a method without a value has NaN.
+    """
+    frame = name_variants(as_rows(rows))
+    keys = ["finding", "misregistration_mm", "method"]
+    frame["finding"] = frame["roi"].map(FINDING_KINDS)
+    frame = frame[frame["metric"].isin(["conspicuity", "conspicuity_min"])]
+    records = []
+    for (kind, *key), group in frame.groupby(keys, sort=False):
+        if frame.loc[frame["finding"] == kind, "value"].isna().all():
+            continue
+        of_case = group.groupby(["metric", "case_id"])["value"]
+        middle = of_case.mean()["conspicuity"].dropna()
+        lowest = of_case.min()["conspicuity_min"].dropna()
+        worst = (lowest.min(), lowest.idxmin()) if len(lowest) else (np.nan, None)
+        records.append((kind, *key, len(middle), middle.median(), *worst))
+    table = pd.DataFrame(records, columns=[*keys, "cases", "median", "lowest", "worst case"])
+    return _in_order(table, keys, frame).rename(columns={"misregistration_mm": "CT moved (mm)"})
 
 
 def is_headline(table: pd.DataFrame) -> bool:

@@ -14,9 +14,11 @@ import numpy as np
 from contourpy import contour_generator
 from jaxtyping import Bool, Float, UInt8
 from matplotlib import colormaps
-from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgba
 from PIL import Image
 from scipy import ndimage
+
+from clinfuse.metrics.calibration import AIR
 
 Volume = Float[np.ndarray, "d h w"]
 Picture = Float[np.ndarray, "rows columns"]
@@ -30,10 +32,48 @@ COLOUR_MAPS: dict[str, Colormap] = {
     "spread": LinearSegmentedColormap.from_list(
         "spread", ["#000000", "#0d3a4a", "#1b7684", "#55b89d", "#f2f7c4"]
     ),
+    "change": LinearSegmentedColormap.from_list(
+        "change", ["#a8dcff", "#2f7fd0", "#000000", "#c2571a", "#ffd0a3"]
+    ),
 }
-"""Each begins in black, as air does, and gets steadily brighter."""
+"""Each begins in black, as air does, and gets steadily brighter; ``change`` is black in its middle
+and gets brighter to both ends."""
 
-_AIR = -0.9
+
+def _ramp(name: str, *stops: tuple[float, str, float]) -> Colormap:
+    return LinearSegmentedColormap.from_list(
+        name, [(at, to_rgba(colour, opacity)) for at, colour, opacity in stops]
+    )
+
+
+OVERLAY_MAPS: dict[str, Colormap] = {
+    "parts": _ramp(
+        "parts",
+        (0.0, "#4b1a8c", 0.0),
+        (0.12, "#7a2aa8", 0.4),
+        (0.35, "#c93a85", 0.7),
+        (0.65, "#fb8a5c", 0.9),
+        (1.0, "#fcfdbf", 0.95),
+    ),
+    "probability": _ramp(
+        "probability",
+        (0.0, "#006d5b", 0.0),
+        (0.05, "#006d5b", 0.0),
+        (0.15, "#008a73", 0.3),
+        (0.5, "#00c2a2", 0.6),
+        (1.0, "#b9fff0", 0.75),
+    ),
+}
+"""Colours laid over a grey image: each begins fully transparent and gets denser."""
+
+LESION_LEVEL = 0.5
+"""Lesion probability whose contour is drawn."""
+
+MODEL_UNITS = "model units"
+
+_HEAD = AIR + 0.15
+"""Smoothed values above this are head."""
+
 _MARGIN_MM = 6.0
 
 
@@ -48,7 +88,10 @@ class CaseView:
         fused: what the method returned.
         spacing_mm: voxel size in (d, h, w) order.
         reference: the fused volume to aim at, if there is one.
-        spread: standard deviation over the ensemble, model units, if there is one.
+        spread: predictive standard deviation, model units, if there is one.
+        epistemic: its part by which models differ, as a standard deviation, if there is one.
+        aleatoric: its part by which the noise draws of one model differ, likewise.
+        lesion_probability: of a lesion head that read the fused volume, if there is one.
         lesion: lesion mask; chooses the slices and is outlined.
         bone: bone mask; chooses the slices where there is no lesion.
         caption: a sentence: method, preset, misregistration.
@@ -66,6 +109,9 @@ class CaseView:
     spacing_mm: Sequence[float]
     reference: Volume | None = None
     spread: Volume | None = None
+    epistemic: Volume | None = None
+    aleatoric: Volume | None = None
+    lesion_probability: Volume | None = None
     lesion: Bool[np.ndarray, "d h w"] | None = None
     bone: Bool[np.ndarray, "d h w"] | None = None
     caption: str = ""
@@ -128,13 +174,27 @@ PLANES = (
 
 @dataclass(frozen=True)
 class Panel:
-    """One column of a case: a volume, its colour map and the values of black and brightest."""
+    """One column of a case: a volume, its colour map and the values at both ends of it.
+
+    Attributes:
+        name: the column's heading.
+        volume: what is shown.
+        colours: one of ``COLOUR_MAPS``, or with ``under`` one of ``OVERLAY_MAPS``.
+        low: value of the first colour.
+        high: value of the last one.
+        unit: of the values.
+        under: volume in model space that lies beneath in grey.
+        level: value whose contour is drawn.
+    """
 
     name: str
     volume: Volume
     colours: str
     low: float
     high: float
+    unit: str = MODEL_UNITS
+    under: Volume | None = None
+    level: float | None = None
 
 
 def panels(
@@ -158,6 +218,45 @@ def panels(
         high = spread_high or scale_end([view.spread])
         columns.append(Panel("Uncertainty (s.d.)", view.spread, "spread", 0.0, high))
     return columns
+
+
+def overlays(view: CaseView, parts_high: float | None = None) -> list[Panel]:
+    """What is laid over the fused image: the parts of the uncertainty, and lesion probability.
+
+    Epistemic and aleatoric share one scale, from 0 to ``parts_scale`` of the case unless given, so
+    that they compare.
+    """
+    high, columns = parts_high or parts_scale([view]) or 1.0, []
+    for name, part in (("Epistemic", view.epistemic), ("Aleatoric", view.aleatoric)):
+        if part is not None:
+            columns.append(
+                Panel(f"{name} (s.d.) on fused", part, "parts", 0.0, high, under=view.fused)
+            )
+    if view.lesion_probability is not None:
+        columns.append(
+            Panel(
+                "Lesion probability on fused",
+                view.lesion_probability,
+                "probability",
+                0.0,
+                1.0,
+                unit="probability",
+                under=view.fused,
+                level=LESION_LEVEL,
+            )
+        )
+    return columns
+
+
+def differences(fused: Mapping[str, Volume]) -> list[Panel]:
+    """Each volume less the first, signed, on one scale about 0; names are ``second − first``."""
+    first_name, first = next(iter(fused.items()))
+    changes = {name: volume - first for name, volume in fused.items() if name != first_name}
+    high = scale_end([np.abs(change) for change in changes.values()])
+    return [
+        Panel(f"{name} − {first_name}", change, "change", -high, high)
+        for name, change in changes.items()
+    ]
 
 
 def scale_end(volumes: Sequence[Float[np.ndarray, "_ _ _"]]) -> float:
@@ -235,11 +334,19 @@ def levels(picture: Picture, low: float, high: float) -> UInt8[np.ndarray, "rows
 def tile(
     panel: Panel, picture: Picture, pixel_mm: tuple[float, float], mm_per_pixel: float
 ) -> bytes:
-    """One slice of a panel as an 8-bit PNG: grey, or with the panel's colours as palette."""
+    """One slice of a panel as an 8-bit PNG: grey, or with the panel's colours as palette.
+
+    The tile of an overlay is its colours alone, transparent where they are; what lies ``under`` is
+    a tile of its own.
+    """
     image = Image.fromarray(
         levels(isotropic(picture, pixel_mm, mm_per_pixel), panel.low, panel.high)
     )
-    if panel.colours != "grey":
+    if panel.under is not None:
+        colours = overlay_palette(panel.colours)
+        image.putpalette(colours[:, :3].tobytes())
+        image.info["transparency"] = colours[:, 3].tobytes()
+    elif panel.colours != "grey":
         image.putpalette(palette(panel.colours).tobytes())
     return png(image)
 
@@ -247,6 +354,11 @@ def tile(
 def palette(colours: str, size: int = 256) -> UInt8[np.ndarray, "size 3"]:
     """Colours of one of ``COLOUR_MAPS``, evenly spaced from its dark to its bright end."""
     return np.round(255 * COLOUR_MAPS[colours](np.linspace(0, 1, size))[:, :3]).astype(np.uint8)
+
+
+def overlay_palette(colours: str, size: int = 256) -> UInt8[np.ndarray, "size 4"]:
+    """Colours and opacities of one of ``OVERLAY_MAPS``, evenly spaced, clear end first."""
+    return np.round(255 * OVERLAY_MAPS[colours](np.linspace(0, 1, size))).astype(np.uint8)
 
 
 def shared_scales(cases: Sequence[CaseView]) -> tuple[float | None, float | None]:
@@ -259,13 +371,26 @@ def shared_scales(cases: Sequence[CaseView]) -> tuple[float | None, float | None
     )
 
 
+def parts_scale(cases: Sequence[CaseView]) -> float | None:
+    """Upper end of the one scale of epistemic and aleatoric parts of all cases, if any has one."""
+    parts = [p for c in cases for p in (c.epistemic, c.aleatoric) if p is not None]
+    return scale_end(parts) if parts else None
+
+
 def outlines(
     mask: Bool[np.ndarray, "rows columns"], pixel_mm: tuple[float, float]
 ) -> list[Float[np.ndarray, "points 2"]]:
     """Closed borders of a picture's mask as (x, y) in mm from the picture's top left corner."""
-    padded = np.pad(mask, 1).astype(float)
+    return contours(mask.astype(float), 0.5, pixel_mm)
+
+
+def contours(
+    picture: Picture, level: float, pixel_mm: tuple[float, float]
+) -> list[Float[np.ndarray, "points 2"]]:
+    """Closed borders of where a picture exceeds a positive level, as ``outlines``; 0 around it."""
+    padded = np.pad(picture, 1)
     rows_mm, columns_mm = pixel_mm
-    borders = contour_generator(z=padded).lines(0.5)
+    borders = contour_generator(z=padded).lines(level)
     return [(np.asarray(border) - 0.5) * (columns_mm, rows_mm) for border in borders]
 
 
@@ -290,5 +415,5 @@ def _head(view: CaseView) -> Bool[np.ndarray, "d h w"]:
     """Where MRI or CT is smoothly above air; everywhere when nothing is."""
     sigma = [2.0 / s for s in view.spacing_mm]
     bright = np.maximum(view.mri, view.ct).astype(np.float32)
-    head = ndimage.gaussian_filter(bright, sigma) > _AIR + 0.1
+    head = ndimage.gaussian_filter(bright, sigma) > _HEAD
     return head if head.any() else np.ones_like(head)

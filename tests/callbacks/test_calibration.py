@@ -50,9 +50,11 @@ def test_all_validation_cases_are_fitted_in_the_regions_where_the_method_places_
         errors["bone"].append(error[roi[:, 1:2] & ~roi[:, 0:1]])
     for region, of_cases in errors.items():
         error = torch.cat(of_cases)
-        expected = error.square().mean().sqrt().item() / 0.055  # spread and floor
-        assert found.std_scale[region] == pytest.approx(expected, rel=0.05)
-        assert found.quantile[region] == pytest.approx(error.quantile(0.9).item() / 0.055, rel=0.05)
+        rms = error.square().mean().sqrt().item()
+        ((stated,), (size,)) = found.curve[region]  # one spread, one knot
+        assert stated == pytest.approx(0.055, rel=1e-3)  # spread and floor
+        assert size == pytest.approx(rms, rel=0.05)
+        assert size * found.quantile[region] == pytest.approx(error.quantile(0.9).item(), rel=0.05)
 
 
 def test_a_method_of_one_draw_has_nothing_to_calibrate(phantoms, tmp_path):
@@ -60,7 +62,11 @@ def test_a_method_of_one_draw_has_nothing_to_calibrate(phantoms, tmp_path):
     assert list(tmp_path.iterdir()) == [] and read_calibration(tmp_path) is None
 
 
-@pytest.mark.parametrize("content", ["{", json.dumps({"level": 0.9}), "[]"])
+OF_FACTORS = {"level": 0.9, "std_scale": {}, "quantile": {}, "temperature": None}
+"""What a calibration said before it had curves."""
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({"level": 0.9}), "[]", json.dumps(OF_FACTORS)])
 def test_a_file_that_is_no_calibration_is_refused_by_name(content, tmp_path):
     (tmp_path / FILE).write_text(content)
     with pytest.raises(ValueError, match=r"expected a calibration, got .*calibration\.json"):

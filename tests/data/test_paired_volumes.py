@@ -206,6 +206,50 @@ def test_the_loaders_of_a_test_follow_the_amplitudes(cohort):
         assert float(torch.rad2deg(cosine.acos())) == pytest.approx(1, abs=0.05)  # float32 acos
 
 
+@pytest.fixture
+def calcified(make_study):
+    """Studies with a calcification in the left half of the brain, on CT alone."""
+    for case in ("case_00", "case_01", "case_02"):
+        ct = np.full((14, 20, 26), 30.0)
+        ct[5:9, 8:13, 7:13] = 300.0
+        folder = make_study(case, ct=np.where(blob(width_mm=20) > 0.2, ct, -1000.0))
+    return folder.parent
+
+
+def test_findings_are_where_the_clean_ct_shows_them_and_stay_when_the_ct_moves(calcified):
+    options = {"splits": {"train": ["case_00", "case_01"], "test": ["case_02"]}}
+    data = PairedVolumes(calcified, batch_size=2, jitter=JITTER, **options)
+    (batch,) = draws(data)
+    study = data.study(batch.case_id[0])
+    assert batch.findings.dtype == torch.bool and batch.findings.shape == (2, 1, 14, 20, 26)
+    assert study.findings.any() and torch.equal(batch.findings[0], study.findings)
+    calcium = ct_to_model(torch.tensor(290.0))
+    assert (batch.clean_ct[batch.findings] > calcium).all()
+    assert (batch.ct[batch.findings] > calcium).float().mean() < 0.9
+    for amplitude_mm in (0.0, 3.0):
+        (tested,) = data.test_batches(amplitude_mm)
+        assert torch.equal(tested.findings[0], study.findings)
+
+
+def test_findings_follow_augmentation_patches_and_padding(calcified):
+    options = {"splits": {"train": ["case_00", "case_01"]}, "patch_shape": (20, 16, 20)}
+    (plain,) = draws(PairedVolumes(calcified, **options, batch_size=2, draws_per_epoch=2))
+    assert plain.findings.shape == plain.ct.shape
+    varied = draws(PairedVolumes(calcified, **options, augmentation=SHAPE_ONLY, draws_per_epoch=8))
+    edge, places = ct_to_model(torch.tensor([30.0, 300.0])).mean(), set()
+    for batch in [plain, *varied]:
+        dense = (batch.clean_ct > edge) & batch.clean_roi[:, :1]
+        assert (dense & batch.findings).sum() > 0.7 * dense.sum() > 0  # 98 of 120 lie off the rim
+        assert (dense & batch.findings).sum() > 0.9 * batch.findings.sum()
+        assert not batch.findings[:, :, :3].any() and not batch.findings[:, :, -3:].any()
+        places.add(tuple(batch.findings.nonzero()[0].tolist()))
+    assert len(places) > 4
+
+
+def test_a_study_without_findings_says_so(cohort):
+    assert not any(batch.findings.any() for batch in draws(PairedVolumes(cohort)))
+
+
 def test_augmentation_is_applied_to_all_alike(cohort):
     plain = draws(PairedVolumes(cohort))
     varied = draws(PairedVolumes(cohort, augmentation=SHAPE_ONLY))

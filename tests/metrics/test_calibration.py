@@ -1,7 +1,11 @@
+import json
+import math
+from dataclasses import asdict
+
 import pytest
 import torch
 
-from clinfuse.functional.calibration import coverage
+from clinfuse.functional.calibration import coverage, ence, expected_calibration_error
 from clinfuse.metrics.calibration import (
     FLOOR,
     Calibration,
@@ -14,16 +18,16 @@ SHAPE = (1, 12, 40, 40)
 TRUE_SCALE = {"brain": 2.0, "bone": 3.0, "tissue": 0.5, "air": 0.2}
 
 
-def study(generator, shape=SHAPE, louder=1.0):
-    """Fused, reference, spread and masks that overlap; the errors are normal, and their size the
-    spread times a factor. One end of the volume is air."""
+def study(generator, shape=SHAPE, louder=1.0, size=lambda stated: stated):
+    """Fused, reference, spread and masks that overlap; the errors are normal, and their size that
+    of the spread times a factor. One end of the volume is air."""
     roi = torch.zeros(3, *shape[1:], dtype=torch.bool)
     roi[0, :, :18], roi[1, :, 16:30] = True, True
     fused = torch.zeros(shape)
     fused[..., -4:, :] = -0.97
     spread = 0.02 + 0.05 * torch.rand(shape, generator=generator)
     factor = torch.tensor([*TRUE_SCALE.values()])[region_map(roi[None], fused[None])[0]]
-    error = louder * factor * (spread + FLOOR) * torch.randn(shape, generator=generator)
+    error = louder * factor * size(spread + FLOOR) * torch.randn(shape, generator=generator)
     return fused, fused - error, spread, roi
 
 
@@ -40,12 +44,73 @@ def fitted(generator):
     return sample.fit(2.0)
 
 
-def test_the_scale_of_each_region_is_found(fitted):
+def ratios(fitted, region):
+    """Found / stated at the knots."""
+    stated, found = torch.tensor(fitted.curve[region])
+    return found / stated
+
+
+def test_the_curve_of_each_region_is_found(fitted):
     for region, scale in TRUE_SCALE.items():
-        assert fitted.std_scale[region] == pytest.approx(scale, rel=0.03)
-        assert fitted.quantile[region] == pytest.approx(1.6449 * scale, rel=0.03)
+        # 8640 voxels a case in the brain, fewest in air with 1920: 240 in each of 8 bins
+        assert ratios(fitted, region).tolist() == pytest.approx([scale] * 8, rel=0.08)
+        assert fitted.quantile[region] == pytest.approx(1.6449, rel=0.03)
     assert list(fitted.case_ids) == ["case_0", "case_1", "case_2"]
     assert fitted.misregistration_mm == 2.0 and fitted.temperature is None
+
+
+def test_a_calibration_straightens_what_no_factor_could(generator):
+    def bent(stated):
+        return 0.03 + 20 * stated**3
+
+    sample = CalibrationSample()
+    for case in range(3):
+        sample.update(f"case_{case}", *study(generator, size=bent))
+    fitted = sample.fit(0.0)
+    fused, reference, spread, roi = (volume[None] for volume in study(generator, size=bent))
+    error, std = fused - reference, fitted.std(fused, spread, roi)
+    low, high = fitted.interval(fused, spread, roi)
+    for region in range(4):
+        mask = region_map(roi, fused) == region
+        found, stated = error[mask].square().mean().sqrt(), (spread + FLOOR)[mask].square().mean()
+        best_factor = (spread + FLOOR) * found / stated.sqrt()
+        assert ence(best_factor, error, mask).item() > 0.15
+        assert ence(std, error, mask).item() < 0.08  # 128 voxels a bin in air alone cost 5 %
+        for half in (spread < spread[mask].median(), spread >= spread[mask].median()):
+            assert coverage(reference, low, high, mask & half).item() == pytest.approx(
+                0.9, abs=0.03
+            )
+
+
+def test_a_case_is_scored_by_the_curve_of_the_others(generator):
+    sample = CalibrationSample(level=0.9)
+    for louder in (1.0, 2.0):
+        sample.update(f"{louder}", *study(generator, louder=louder))
+    # errors of half the size stated and of twice: 1 of the first and 0.8 of the second are covered
+    assert sample.fit(0.0).quantile["brain"] == pytest.approx(2 * 1.2816, rel=0.05)
+
+
+def test_one_case_can_be_fitted_for_want_of_others(generator):
+    sample = CalibrationSample()
+    sample.update("only", *study(generator))
+    assert sample.fit(0.0).quantile["brain"] == pytest.approx(1.6449, rel=0.05)
+
+
+def test_a_calibration_survives_json(fitted, generator):
+    fused, _, spread, roi = (volume[None] for volume in study(generator))
+    again = Calibration(**json.loads(json.dumps(asdict(fitted))))
+    assert torch.equal(again.std(fused, spread, roi), fitted.std(fused, spread, roi))
+    bounds = zip(
+        again.interval(fused, spread, roi), fitted.interval(fused, spread, roi), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in bounds)
+
+
+def test_a_calibrated_std_is_finite_beyond_all_spreads_seen(fitted, generator):
+    fused, _, spread, roi = (volume[None] for volume in study(generator))
+    for factor in (0.0, 100.0):
+        std = fitted.std(fused, factor * spread, roi)
+        assert std.isfinite().all() and (std > 0).all()
 
 
 def test_intervals_cover_new_cases_as_promised_in_every_region(fitted, generator):
@@ -76,17 +141,16 @@ def test_a_region_that_no_validation_case_has_takes_what_the_others_say(generato
     sample = CalibrationSample()
     sample.update("case", fused, reference, spread, roi)
     fitted = sample.fit(0.0)
-    others = [fitted.std_scale[region] for region in ("brain", "tissue", "air")]
-    assert min(others) < fitted.std_scale["bone"] < max(others)
-    others = [fitted.quantile[region] for region in ("brain", "tissue", "air")]
-    assert min(others) < fitted.quantile["bone"] < max(others)
+    others = [ratios(fitted, region).mean() for region in ("brain", "tissue", "air")]
+    assert min(others) < ratios(fitted, "bone").mean() < max(others)
+    assert fitted.quantile["bone"] != fitted.quantile["brain"]
 
 
-def test_one_patient_that_went_wrong_does_not_rule_the_scale(generator):
+def test_one_patient_that_went_wrong_does_not_rule_the_curve(generator):
     sample = CalibrationSample()
     for case, louder in enumerate((1.0, 1.0, 20.0)):
         sample.update(f"case_{case}", *study(generator, louder=louder))
-    assert sample.fit(0.0).std_scale["brain"] == pytest.approx(2.0, rel=0.05)
+    assert ratios(sample.fit(0.0), "brain").tolist() == pytest.approx([2.0] * 8, rel=0.08)
 
 
 def test_the_temperature_undoes_overconfidence(generator):
@@ -103,6 +167,56 @@ def test_the_temperature_undoes_overconfidence(generator):
         torch.sigmoid(3 * logits / fitted.temperature)[inside],
         atol=1e-3, rtol=0,
     )  # fmt: skip
+
+
+def heads_answer(generator, prior=-5.0):
+    """Log odds that are true, of a lesion of some 2 % of the voxels, and where it is."""
+    logits = prior + 2 * torch.randn(SHAPE, generator=generator)
+    return logits, torch.rand(SHAPE, generator=generator) < torch.sigmoid(logits)
+
+
+def with_lesions(generator, *answers):
+    sample = CalibrationSample()
+    for case, (probability, lesion) in enumerate(answers):
+        sample.update(f"case_{case}", *study(generator))
+        sample.update_lesion(probability, lesion, torch.ones_like(lesion))
+    return sample.fit(0.0)
+
+
+def test_a_rare_lesions_probability_means_its_frequency_after_calibration(generator):
+    answers = [heads_answer(generator) for _ in range(3)]
+    fitted = with_lesions(generator, *((torch.sigmoid(3 * z), lesion) for z, lesion in answers))
+    logits, lesion = (part[None] for part in heads_answer(generator))
+    raw = torch.sigmoid(3 * logits)
+    before, after = (
+        expected_calibration_error(p, lesion, torch.ones_like(lesion)).item()
+        for p in (raw, fitted.probability(raw))
+    )
+    assert after < 0.004 < 0.012 < before  # 19200 voxels, 2 to 3 % lesion
+
+
+def test_cases_without_lesion_are_judged_with_the_others_and_not_alone(generator):
+    logits, lesion = heads_answer(generator)
+    ill = torch.sigmoid(3 * logits), lesion
+    healthy = torch.full(SHAPE, 1e-4), torch.zeros_like(lesion)
+    alone, together = with_lesions(generator, ill), with_lesions(generator, ill, healthy)
+    # at temperature T the healthy one is called ill with odds 1e-4^(1/T): a little cooler suits it
+    assert alone.temperature == pytest.approx(3, rel=0.1)
+    assert 1.5 < together.temperature < alone.temperature
+    assert with_lesions(generator, healthy, healthy).temperature is None
+    every_voxel = torch.rand(SHAPE), torch.ones_like(lesion)
+    assert with_lesions(generator, every_voxel).temperature is None
+
+
+def test_probabilities_of_exactly_0_and_1_that_are_sometimes_wrong_are_cooled(generator):
+    said = torch.rand(SHAPE, generator=generator) < 0.05
+    wrong = torch.rand(SHAPE, generator=generator) < 0.01
+    fitted = with_lesions(generator, (said.float(), said ^ wrong))
+    # log odds of 99 to 1, stated as those of the 1e-6 that probabilities are cut at
+    assert fitted.temperature == pytest.approx(math.log(1e6) / math.log(99), rel=0.05)
+    calibrated = fitted.probability(said.float()[None])
+    assert calibrated[said[None]].mean().item() == pytest.approx(0.99, abs=0.003)
+    assert calibrated[~said[None]].mean().item() == pytest.approx(0.01, abs=0.003)
 
 
 def test_without_a_lesion_head_probabilities_stay_as_they_are():

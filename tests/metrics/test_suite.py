@@ -26,6 +26,9 @@ SIMILARITY = [
     ("whole", "ssim"),
     ("whole", "fsim"),
 ]
+CONSPICUITY = [
+    (roi, metric) for roi in ("lesion", "findings") for metric in ("conspicuity", "conspicuity_min")
+]
 
 
 def studies(cases: int = 2, shape=(6, 24, 24)) -> FusionBatch:
@@ -80,7 +83,7 @@ def test_each_region_is_compared_with_its_own_clean_source_within_the_true_mask(
             ("whole", "fsim"): fsim(f, reference, whole),
         }
         ours = values(rows[case])
-        assert list(ours) == SIMILARITY
+        assert list(ours) == SIMILARITY + CONSPICUITY
         for name, value in expected.items():
             assert ours[name] == pytest.approx(float(value), abs=1e-4), name
 
@@ -114,7 +117,8 @@ def test_lesion_rows_come_from_a_prediction_and_from_nothing_else():
         expected = nsd(hard[one], truth[one], SPACING_MM, 1.0).item()
         assert ours["lesion", "nsd"] == pytest.approx(expected)
         assert ours["lesion", "hd95"] == hd95(hard[one], truth[one], SPACING_MM).item() == 2
-    assert all(roi != "lesion" for case in case_metrics(fused, batch) for roi, _, _ in case)
+    of_lesion = {m for case in case_metrics(fused, batch) for roi, m, _ in case if roi == "lesion"}
+    assert of_lesion == {"conspicuity", "conspicuity_min"}  # of the fused volume, not of a mask
 
 
 def test_no_lesion_and_none_predicted_is_undefined_and_not_perfect():
@@ -132,12 +136,13 @@ def test_an_empty_region_or_an_absent_reference_is_undefined_for_its_case_alone(
     batch.clean_roi[0, :2] = False
     fused = torch.rand(batch.mri.shape) * 2 - 1
     empty, full = (values(rows) for rows in case_metrics(fused, batch, spread=fused.abs()))
-    for roi, metric in empty:
+    for roi, metric in empty.keys() - set(CONSPICUITY):
         assert np.isnan(empty[roi, metric]) == (roi in ("brain", "bone")), (roi, metric)
-    assert np.isfinite(list(full.values())).all()
+    assert np.isfinite([full[name] for name in full.keys() - set(CONSPICUITY)]).all()
     unknown = case_metrics(fused, replace(batch, reference=None), spread=fused.abs())[1]
     for roi, metric, value in unknown:
-        assert np.isnan(value) == (roi == "whole" or metric == "spread_error_correlation")
+        if (roi, metric) not in CONSPICUITY:
+            assert np.isnan(value) == (roi == "whole" or metric == "spread_error_correlation")
 
 
 def test_spread_is_correlated_with_the_error_over_head_brain_and_bone():
@@ -176,7 +181,12 @@ def test_slices_are_measured_too():
     }
     slices = replace(batch, **flat, spacing_mm=batch.spacing_mm[:, 1:])
     rows = case_metrics(flat["mri"], slices, flat["mri"].abs(), flat["mri"].abs())
-    assert all(np.isfinite(value) for case in rows for _, _, value in case)
+    assert all(
+        np.isfinite(value)
+        for case in rows
+        for roi, metric, value in case
+        if (roi, metric) not in CONSPICUITY
+    )
 
 
 def test_a_whole_case_takes_about_half_a_second_of_one_core():
@@ -230,3 +240,56 @@ def test_without_a_calibration_only_what_is_stated_is_judged():
     of_brain = {metric for roi, metric in first if roi == "brain"}
     assert {"uce_raw", "ence_raw", "ause"} <= of_brain
     assert not of_brain & {"uce", "ence", "coverage", "width"}
+
+
+def with_findings() -> FusionBatch:
+    """Two heads: three lesions on the MRI and two findings on CT alone; then neither."""
+    zeros = torch.zeros(2, 1, 6, 48, 48)
+    brain, bone, lesion, dense = torch.zeros(4, 2, 1, 6, 48, 48, dtype=torch.bool)
+    brain[:, :, :, 2:-2, 2:-2] = True
+    for column in (8, 22, 36):
+        lesion[0, 0, 2:4, 10:13, column : column + 3] = True
+    for column in (12, 30):
+        dense[0, 0, 2:4, 34:37, column : column + 3] = True
+    mri, ct = torch.where(lesion, 0.2, zeros), torch.where(dense, 0.2, zeros)
+    return FusionBatch(
+        mri=zeros,
+        ct=zeros,
+        roi=torch.zeros(2, 3, 6, 48, 48, dtype=torch.bool),
+        spacing_mm=torch.tensor([SPACING_MM]).expand(2, -1),
+        case_id=["found", "healthy"],
+        clean_mri=mri,
+        clean_ct=ct,
+        clean_roi=torch.cat([brain, bone, lesion], 1),
+        findings=dense,
+    )
+
+
+def test_conspicuity_is_the_median_and_the_smallest_of_a_cases_findings_of_each_kind():
+    batch = with_findings()
+    shown = torch.zeros_like(batch.clean_mri)
+    for share, column in zip((0.9, 0.2, 0.6), (8, 22, 36), strict=True):
+        shown[..., 10:13, column : column + 3] = share
+    for share, column in zip((0.5, 0.1), (12, 30), strict=True):
+        shown[..., 34:37, column : column + 3] = share
+    fused = 0.2 * shown * (batch.clean_roi[:, 2:3] | batch.findings)
+    found, healthy = map(values, case_metrics(fused, batch))
+    expected = {"lesion": (0.6, 0.2), "findings": (0.3, 0.1)}
+    for roi, pair in expected.items():
+        ours = tuple(found[roi, metric] for metric in ("conspicuity", "conspicuity_min"))
+        assert ours == pytest.approx(pair, abs=1e-5)
+    assert all(np.isnan(healthy[name]) for name in CONSPICUITY)
+    unknown = values(case_metrics(fused, replace(batch, findings=None))[0])
+    assert np.isnan(unknown["findings", "conspicuity"]) and unknown["lesion", "conspicuity"] > 0
+
+
+def test_the_findings_of_one_kind_do_not_disturb_the_surround_of_the_other():
+    batch = with_findings()
+    beside = torch.zeros_like(batch.findings)
+    beside[0, 0, 2:4, 10:13, 12:16] = True  # two voxels from the first lesion
+    batch.findings, batch.clean_ct = beside, 0.2 * beside
+    fused = batch.clean_mri + beside
+    found = values(case_metrics(fused, batch)[0])
+    assert found["lesion", "conspicuity_min"] == found["findings", "conspicuity"] == 1
+    batch.findings = None
+    assert values(case_metrics(fused, batch)[0])["lesion", "conspicuity_min"] < 0.9

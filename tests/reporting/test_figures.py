@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from clinfuse.reporting.figures import (
@@ -173,6 +174,24 @@ def test_reliability_shows_what_was_found_against_what_was_stated_on_one_scale()
         assert axes.get_xlim() == axes.get_ylim() == brain.get_xlim()
     low, high = brain.get_xlim()
     assert low < 0.01 and high > 0.4
+
+
+def test_reliability_says_which_side_of_the_diagonal_says_too_little():
+    stated = np.array([0.01, 0.05, 0.2])
+    kinds = {"as stated": np.stack([stated, 2 * stated], 1), "calibrated": np.empty((0, 2))}
+    figure = reliability_figure({"Brain": kinds, "Bone": kinds})
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        sides = {text.get_text(): text.get_window_extent() for text in axes.texts}
+        for words, is_above in (("says too little", True), ("says too much", False)):
+            (x_0, y_0), (x_1, y_1) = axes.transData.inverted().transform(sides[words].get_points())
+            assert (y_0 > x_1) if is_above else (y_1 < x_0)
+        (title,) = (t for t in axes.findobj(Text) if t.get_text() in ("Brain", "Bone"))
+        assert title.get_window_extent().y1 <= figure.bbox.y1  # not cut off
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["stated = found", "as stated", "calibrated"]
+    assert legend.legend_handles[0].get_linestyle() == "--"
 
 
 def test_charts_are_written_beside_the_cases_under_their_names(tmp_path, table):

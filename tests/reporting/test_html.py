@@ -178,6 +178,74 @@ def test_each_case_has_fifteen_tiles_with_directions_in_true_proportions(tmp_pat
         assert shown.width / shown.height == pytest.approx(across / along, rel=0.02)
 
 
+def test_overlays_lie_over_the_fused_image_in_every_plane_with_a_legend_in_units(tmp_path):
+    random = np.random.default_rng(0).random((8, 30, 28))
+    view = case(reference=None, epistemic=0.1 * random, aleatoric=0.2 * random)
+    view = replace(view, lesion_probability=np.where(view.lesion, 0.9, 0.1))
+    text = re.sub(r"<details>.*?</details>", "", report(tmp_path, [view]), flags=re.S)
+    page = Page(text)
+    over = page.all("img", "over")
+    assert len(page.all("figure", "tile")) == 3 * (4 + 3) and len(over) == 3 * 3
+    assert all(decoded(image).mode == "P" for image in over)
+    images = page.all("img")
+    fused = [image["src"] for image in images if image["alt"].startswith("Fused, axial")]
+    beneath = images[images.index(over[0]) - 1]
+    assert [beneath["src"]] == fused and beneath["alt"] == ""
+    assert page.open == [] and page.unbalanced == []
+    assert len(page.all("path", "contour")) == 3
+    assert text.count('<div class="unit">model units</div>') == 6
+    assert text.count('<div class="unit">probability</div>') == 1
+    assert "Epistemic</b> is the part" in text and "no second opinion" in text
+    assert 'class="bare"' in text
+
+
+def test_a_lone_overlay_stands_beside_the_other_panels(tmp_path):
+    view = case(reference=None, aleatoric=0.2 * np.ones((8, 30, 28)))
+    text = report(tmp_path, [view])
+    assert text.count('<div class="viewer">') == 1 and "--columns: 5" in text
+    assert "no second opinion" not in text and "Aleatoric</b> is the part" in text
+    assert "Aleatoric</b> is the part" not in report(tmp_path, [case()])
+
+
+def test_presets_stand_side_by_side_with_their_differences_from_the_first(tmp_path):
+    view = case(reference=None)
+    other = replace(view, fused=view.fused + 0.1 * view.lesion, caption="α 0.5, β 2, γ 2")
+    presets = {"stroke": replace(view, caption="α 1"), "bone_tumor": other, "third": view}
+    text = report(tmp_path, [], presets=presets)
+    page = Page(text)
+    assert page.open == [] and page.unbalanced == []
+    part, _, stack = text.partition("<details>")
+    tiles = Page(part).all("img")
+    of_axial = [image["alt"].split(",")[0] for image in tiles if "axial" in image["alt"]]
+    columns = ["MRI", "CT as given", *presets]
+    assert of_axial == [*columns, "bone_tumor − stroke", "third − stroke"]
+    assert len(tiles) == 3 * 7
+    fused = {image["alt"].split(",")[0]: image for image in tiles if "axial" in image["alt"]}
+    assert fused["stroke"]["src"] == fused["third"]["src"] != fused["bone_tumor"]["src"]
+    orange = np.asarray(decoded(fused["bone_tumor − stroke"]).convert("RGB")).astype(int)
+    assert orange[..., 0].max() > 200 and (orange[..., 0] >= orange[..., 2]).all()
+    assert np.asarray(decoded(fused["third − stroke"]).convert("RGB")).max() <= 2  # black
+    assert "<small>α 0.5, β 2, γ 2</small>" in part and "<small>α 1</small>" in part
+    assert "colours end at ±0.1," in part and "No voxel differs" not in part
+    assert len(Page(stack).all("img")) == 5 * len(cropped(view).mri)
+
+
+def test_presets_that_change_nothing_say_so(tmp_path):
+    text = report(tmp_path, [], presets={"a": case(), "b": case()})
+    assert "No voxel differs between these presets" in text
+
+
+def test_presets_are_held_to_the_reports_size(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 1, (16, 60, 60))
+    view = CaseView("noise", noise, noise[::-1], noise[:, ::-1], SPACING_MM)
+    presets = {"a": view, "b": replace(view, fused=noise)}
+    whole = report(tmp_path, [view], presets=presets)
+    limit = len(whole.encode()) // 3
+    text = report(tmp_path, [view], presets=presets, largest_bytes=limit)
+    assert "<details>" in whole and "<details>" not in text
+    assert len(text.encode()) <= limit and "b − a" in text
+
+
 def decoded(image):
     return Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
 
@@ -254,3 +322,5 @@ def test_a_chart_is_shown_under_its_heading_with_the_sentence_that_explains_it(t
     assert not page.open and not page.unbalanced
     assert "Reliability" in page.text and "Above the line <b> too sure." in page.text
     assert len(page.all("svg")) == 1
+    (chart,) = page.all("div", "chart")
+    assert chart["style"] == "max-width: 378px"  # 3.6 inches: a panel is not stretched to the page

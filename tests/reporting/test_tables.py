@@ -12,6 +12,7 @@ from clinfuse.reporting.tables import (
     CALIBRATION_SCORES,
     amplitudes_mm,
     bootstrap_interval,
+    conspicuity_table,
     footnote,
     headline,
     holm,
@@ -268,3 +269,43 @@ def test_no_coverage_is_best():
         rows += case_rows([("bone", "coverage", level)], method=method, **key)
     cells = score_cells(headline(rows, CALIBRATION_SCORES), "bone", "coverage")
     assert [cells[m][0].is_best for m in "ab"] == [False, False]
+
+
+def seen(method, medians, lowest, roi="lesion", mm=0.0, **changes):
+    return rows_of(method, medians, roi, "conspicuity", mm, **changes) + rows_of(
+        method, lowest, roi, "conspicuity_min", mm, **changes
+    )
+
+
+def test_conspicuity_shows_the_median_case_and_the_worst_of_all_findings():
+    made = seen("ours", [0.9, 1.0, 0.8, math.nan], [0.9, 0.7, 0.75, math.nan], mm=2.0)
+    made += seen("ours", [1.0] * 4, [0.4, 1.0, 0.3, 0.5], "findings")
+    made += seen("average", [0.5, 0.4, math.nan, math.nan], [0.5, 0.1, math.nan, math.nan])
+    made += rows_of("ours", [20.0]) + seen("ours", [0.6], [0.5])
+    table = conspicuity_table(made)
+    assert list(table.columns) == [
+        "finding", "CT moved (mm)", "method", "cases", "median", "lowest", "worst case",
+    ]  # fmt: skip
+    assert table.to_numpy().tolist() == [
+        ["lesion on MRI", 0.0, "ours", 1, 0.6, 0.5, "case_0"],
+        ["lesion on MRI", 0.0, "average", 2, pytest.approx(0.45), 0.1, "case_1"],
+        ["lesion on MRI", 2.0, "ours", 3, 0.9, 0.7, "case_1"],
+        ["only on CT", 0.0, "ours", 4, 1.0, 0.3, "case_2"],
+    ]
+    assert not is_headline(table) and "| ours | 3 | 0.9 | 0.7 | case_1 |" in to_markdown(table)
+
+
+def test_conspicuity_averages_seeds_and_shows_the_worst_of_them():
+    made = seen("ours", [1.0, 0.5], [0.8, 0.5]) + seen("ours", [0.6, 0.5], [0.2, 0.5], seed=1)
+    [line] = conspicuity_table(made).to_dict("records")
+    assert (line["median"], line["lowest"], line["worst case"]) == (0.65, 0.2, "case_0")
+
+
+def test_a_kind_that_no_case_has_is_left_out_and_a_method_without_a_value_stays():
+    none = seen("ours", [math.nan], [math.nan], "findings")
+    assert conspicuity_table(none).empty and conspicuity_table(rows_of("ours", [1.0])).empty
+    made = none + seen("ours", [math.nan], [math.nan]) + seen("average", [0.5], [0.5])
+    ours, average = conspicuity_table(made).to_dict("records")
+    assert (ours["method"], ours["cases"]) == ("ours", 0)
+    assert all(pd.isna(ours[name]) for name in ("median", "lowest", "worst case"))
+    assert average["cases"] == 1 and {ours["finding"], average["finding"]} == {"lesion on MRI"}

@@ -7,16 +7,23 @@ from PIL import Image
 
 from clinfuse.reporting.views import (
     COLOUR_MAPS,
+    LESION_LEVEL,
+    OVERLAY_MAPS,
     PLANES,
     CaseView,
     Panel,
     chosen_slices,
+    contours,
     cropped,
+    differences,
     head_box,
     isotropic,
     outlines,
+    overlay_palette,
+    overlays,
     palette,
     panels,
+    parts_scale,
     scale_end,
     shared_scales,
     tile,
@@ -162,10 +169,66 @@ def test_a_coloured_tile_shows_the_colours_of_its_map():
     np.testing.assert_allclose(np.asarray(image), expected, atol=2)
 
 
-@pytest.mark.parametrize("name", COLOUR_MAPS)
+@pytest.mark.parametrize("name", sorted(set(COLOUR_MAPS) - {"change"}))
 def test_colour_maps_begin_in_black_and_get_steadily_brighter(name):
     luminance = palette(name) @ (0.2126, 0.7152, 0.0722)
     assert luminance[0] < 2 and (np.diff(luminance) > -0.5).all() and luminance[-1] > 200
+
+
+def test_the_colours_of_a_change_are_black_at_none_and_brighter_to_both_ends():
+    luminance = palette("change", 257) @ (0.2126, 0.7152, 0.0722)
+    assert luminance[128] < 2
+    assert (np.diff(luminance[128:]) > -0.5).all() and (np.diff(luminance[:129]) < 0.5).all()
+    darker, brighter = palette("change", 257)[[0, -1]].astype(int)
+    assert darker[2] > darker[0] and brighter[0] > brighter[2]  # blue and orange
+
+
+@pytest.mark.parametrize("name", OVERLAY_MAPS)
+def test_overlays_are_clear_at_nothing_get_denser_and_never_hide_what_is_beneath(name):
+    opacity = overlay_palette(name)[:, 3].astype(int)
+    assert opacity[0] == 0 and (np.diff(opacity) >= 0).all() and 128 < opacity[-1] < 255
+
+
+def test_an_overlays_tile_is_transparent_where_its_value_is_nothing():
+    picture = np.array([[0.0, 0.0], [0.2, 0.4]], np.float32)
+    panel = Panel("Epistemic", picture[None], "parts", 0.0, 0.4, under=picture[None])
+    image = Image.open(io.BytesIO(tile(panel, picture, (1.0, 1.0), 1.0))).convert("RGBA")
+    shown = np.asarray(image)
+    assert (shown[0, :, 3] == 0).all() and 0 < shown[1, 0, 3] < shown[1, 1, 3]
+    np.testing.assert_array_equal(shown[1, 1], overlay_palette("parts")[-1])
+
+
+def test_overlays_lie_on_the_fused_image_and_the_parts_share_one_scale(view):
+    part = replace(view, epistemic=view.spread / 5, aleatoric=2 * view.spread)
+    assert overlays(view) == []
+    epistemic, aleatoric = overlays(part)
+    assert (epistemic.low, epistemic.high) == (aleatoric.low, aleatoric.high) == (0.0, 0.1)
+    assert all((panel.under == view.fused).all() for panel in (epistemic, aleatoric))
+    assert overlays(part, 0.7)[0].high == 0.7
+    assert parts_scale([view]) is None and parts_scale([view, part]) == 0.1
+    assert [p.name.split()[0] for p in overlays(replace(part, epistemic=None))] == ["Aleatoric"]
+
+
+def test_lesion_probability_has_its_own_scale_unit_and_a_contour(view):
+    (panel,) = overlays(replace(view, lesion_probability=0.3 * view.lesion))
+    assert (panel.low, panel.high, panel.unit) == (0.0, 1.0, "probability")
+    assert panel.level == LESION_LEVEL
+
+
+def test_differences_are_signed_from_the_first_on_one_scale(view):
+    fused = {"a": view.fused, "b": view.fused - 0.5 * view.bone, "c": view.fused + 0.1}
+    b, c = differences(fused)
+    assert [panel.name for panel in (b, c)] == ["b − a", "c − a"]
+    np.testing.assert_allclose(b.volume, -0.5 * view.bone, atol=1e-6)
+    assert (b.low, b.high) == (c.low, c.high) == (-0.5, 0.5)
+
+
+def test_a_contour_lies_where_the_picture_passes_the_level():
+    ramp = np.repeat(np.array([[0.0, 0.2, 0.4, 0.8, 0.0]]), 6, 0)
+    (border,) = contours(ramp, 0.5, (1.0, 2.0))
+    crossing = 2 * (2.5 + 0.25)  # a quarter of the way from the third pixel to the fourth, in mm
+    assert np.isclose(border[:, 0], crossing).sum() >= 4
+    assert border[:, 0].min() >= crossing - 1e-6 and contours(ramp, 0.9, (1.0, 1.0)) == []
 
 
 def test_an_outline_encloses_the_area_of_its_mask():

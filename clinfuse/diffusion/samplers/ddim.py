@@ -37,8 +37,8 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"expected eta between 0 and 1, got {eta}")
     x_t = x_T
-    for now, after in walk(levels, x_T):
-        x0_hat, correction = guided_estimate(denoise, x_t, now, guide)
+    for noise_level, now, after in walk(levels, x_T):
+        x0_hat, correction = guided_estimate(denoise, x_t, now, noise_level, guide)
         eps_hat = eps_from_x0(x_t, x0_hat, now)
         if eta > 0:
             renewed = eta**2 * (1 - now / after) / (1 - now)  # the noise's share drawn afresh

@@ -31,8 +31,8 @@ def ddpm(
         generator: source of the noise; None is torch's global state.
     """
     x_t = x_T
-    for now, after in walk(levels, x_T):
-        x0_hat, correction = guided_estimate(denoise, x_t, now, guide)
+    for noise_level, now, after in walk(levels, x_T):
+        x0_hat, correction = guided_estimate(denoise, x_t, now, noise_level, guide)
         mean, variance = posterior(x0_hat, x_t, now, after)
         x_t = mean + variance.sqrt() * noise_like(x_t, generator) - correction
     return x_t

@@ -36,8 +36,9 @@ def dpm_solver(
         generator: unused: the walk is deterministic. Here so that all samplers are called alike.
     """
     x_t, x0_before = x_T, x_T
-    for (now, after), weight in zip(walk(levels, x_T), _extrapolations(levels), strict=True):
-        x0_hat, correction = guided_estimate(denoise, x_t, now, guide)
+    steps = zip(walk(levels, x_T), _extrapolations(levels), strict=True)
+    for (noise_level, now, after), weight in steps:
+        x0_hat, correction = guided_estimate(denoise, x_t, now, noise_level, guide)
         ahead = x0_hat + weight * (x0_hat - x0_before)
         x_t = q_sample(ahead, eps_from_x0(x_t, ahead, now), after) - correction
         x0_before = x0_hat
