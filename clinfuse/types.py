@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+CtMap = Literal["piecewise", "window_40_400", "window_8bit"]
+"""How CT becomes model space: the default on HU, the stroke window, or an 8-bit window as is."""
 
 ROI_NAMES = ("brain", "bone", "lesion")
 """Order of the channels of every ``roi`` tensor."""
@@ -44,6 +47,8 @@ class FusionBatch:
             that realigns it is u(p) = A p - p, with clean(p) = ct(p + u(p)).
         findings: haemorrhage and calcification in the brain that only the CT shows, where they
             are in truth; for evaluation, no method may see them.
+        ct_map: how each case's CT units became model space ; what
+            speaks of Hounsfield units needs it. Empty where it is not known.
     """
 
     mri: Float[Tensor, "b 1 *dhw"]
@@ -58,6 +63,7 @@ class FusionBatch:
     lesion_distance_mm: Float[Tensor, "b 1 *dhw"] | None = None
     misregistration: Float[Tensor, "b n_plus_1 n_plus_1"] | None = None
     findings: Bool[Tensor, "b 1 *dhw"] | None = None
+    ct_map: Sequence[CtMap] = ()
 
     def __len__(self) -> int:
         return len(self.case_id)
@@ -90,7 +96,10 @@ class FusionBatch:
         """The batch with every case repeated ``times`` times in place: a a b b for two cases."""
         tensors = {name: t.repeat_interleave(times, 0) for name, t in self._tensors().items()}
         return replace(
-            self, **tensors, case_id=[case for case in self.case_id for _ in range(times)]
+            self,
+            **tensors,
+            case_id=[case for case in self.case_id for _ in range(times)],
+            ct_map=[ct_map for ct_map in self.ct_map for _ in range(times)],
         )
 
     def _tensors(self) -> dict[str, Any]:

@@ -3,11 +3,14 @@ import shutil
 
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from clinfuse.configuration import lesion_head_of, trained_method
 from clinfuse.evaluate import data_of, main, rule
 from clinfuse.functional.psnr import psnr
 from clinfuse.methods.rules import Maximum, Weighted
+from clinfuse.train import main as train
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,80 @@ def test_under_other_guidance_the_runs_calibration_is_not_applied_and_the_log_sa
     assert "other guidance than" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def lesion_head(phantoms, tmp_path_factory):
+    """Folder of a lesion head, trained for seconds: it finds something, right or wrong."""
+    folder = tmp_path_factory.mktemp("lesion_head")
+    overrides = ("method=lesion_head", "trainer.max_epochs=1", "test=false")
+    train(phantoms.config(*phantoms.smoke, *overrides, folder=folder))
+    return folder
+
+
+@pytest.fixture
+def lesion_run(smoke_run, tmp_path):
+    """The run, had it been trained to care for the lesion above all, yet without a head."""
+    folder = tmp_path / "lesion_run"
+    shutil.copytree(smoke_run, folder)
+    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    saved.guidance.eta, saved.guidance.gamma = 1.0, 1000.0
+    OmegaConf.save(saved, folder / ".hydra" / "config.yaml")
+    return folder
+
+
+def test_a_lesion_head_guides_a_run_that_was_trained_without_one_and_scores_it(
+    lesion_run, lesion_head, phantoms, tmp_path
+):
+    def scored(*overrides):
+        folder = tmp_path / f"scored_{len(overrides)}"
+        asked = (f"run={lesion_run}", "misregistration_mm=[2]", "pictures=0", *overrides)
+        full = "trainer.precision=32-true"  # as here
+        main(phantoms.config(*asked, full, name="evaluate", folder=folder))
+        return pd.read_csv(folder / "cases.csv").set_index(["roi", "metric"])["value"]
+
+    method = trained_method(lesion_run)
+    assert method.lesion_head is None
+    data = data_of(phantoms.config("misregistration_mm=[2]", name="evaluate"), [str(lesion_run)])
+    data.setup("test")
+    (batch,) = data.test_batches(2.0)
+
+    def psnr_of_lesion_head(head):
+        method.lesion_head = head
+        mean = method.model_draws(batch).mean((0, 1)).clamp(-1, 1)
+        return psnr(mean, batch.reference, torch.ones_like(batch.brain)).item()
+
+    alone, guided = scored(), scored(f"lesion_head={lesion_head}")
+    expected = [psnr_of_lesion_head(head) for head in (None, lesion_head_of(lesion_head))]
+    assert [alone["whole", "psnr"], guided["whole", "psnr"]] == pytest.approx(expected, rel=1e-4)
+    assert abs(expected[1] - expected[0]) > 0.1
+    assert {"dice", "nsd", "hd95"} <= set(guided["lesion"].index)
+    assert "dice" not in alone["lesion"].index
+
+    # guided by it, the run is not sampled as it was calibrated
+    of_intervals = {"ence", "coverage", "width"}
+    assert of_intervals <= set(alone["brain"].index) and "ence_raw" in guided["brain"].index
+    assert not of_intervals & set(guided["brain"].index)
+
+
+def test_an_automatic_mask_is_drawn_by_the_lesion_head_for_every_method(
+    smoke_run, lesion_head, phantoms, tmp_path
+):
+    def scores(mask_source):
+        overrides = (
+            f"run={smoke_run}", "baselines=[average]", f"lesion_head={lesion_head}",
+            "misregistration_mm=[2]", "pictures=0", f"mask_source={mask_source}",
+        )  # fmt: skip
+        folder = tmp_path / mask_source
+        main(phantoms.config(*overrides, name="evaluate", folder=folder))
+        rows = pd.read_csv(folder / "cases.csv")
+        assert set(rows["mask_source"]) == {mask_source}
+        key = ["case_id", "roi", "metric"]
+        return {name: of.set_index(key)["value"] for name, of in rows.groupby("method")}
+
+    automatic, expert = scores("automatic"), scores("expert")
+    pd.testing.assert_series_equal(automatic["average"], expert["average"])  # it looks at no mask
+    assert (automatic["clinfuse"] - expert["clinfuse"]).abs().max() > 1e-4
+
+
 def test_runs_of_two_seeds_both_count(rows):
     assert set(rows[rows["method"] == "clinfuse"]["seed"]) == {0, 7}
 
@@ -92,7 +169,8 @@ def test_scores_at_zero_millimetres_are_those_of_training(rows, smoke_run):
     both = rows.merge(trained, on=key, suffixes=("", "_then"))
     assert len(both) == len(trained)
     # one process sampled with averaged weights in memory, the other read them: not bit for bit
-    assert both["value"].to_numpy() == pytest.approx(both["value_then"].to_numpy(), rel=1e-3)
+    now, then = both["value"].to_numpy(), both["value_then"].to_numpy()
+    assert now == pytest.approx(then, rel=1e-3, nan_ok=True)
 
 
 def test_a_rule_is_scored_on_any_data_without_a_run(phantoms, tmp_path):
@@ -132,12 +210,15 @@ def refusal(phantoms, folder, capsys, *overrides):
         (["baselines=[clinfuse]"], "without weights, got clinfuse: name its run folder, run="),
         (["method=deterministic_unet"], "without weights, got deterministic_unet"),
         (["method=average", "data=studies", "data.root=HEADS", "mask_source=oracle"],
-         "mask_source expert or none, got 'oracle'"),
+         "mask_source of .'expert', 'automatic', 'none'., got 'oracle'"),
+        (["method=average", "data=studies", "data.root=HEADS", "mask_source=automatic"],
+         "a lesion head for mask_source=automatic .lesion_head=FOLDER."),
         (["method=average", "data=studies", "data.root=/no/such/data"], "folder.*/no/such/data"),
         (["method=average", "data=studies", "data.root=HEADS", "lesion_head=/no/such/head"],
-         "found none in /no/such/head"),
+         "a lesion head .a run of .* found no folder at /no/such/head"),
     ],
-    ids=["nothing", "no_run", "misspelt", "untrained", "untrained_method", "mask", "data", "head"],
+    ids=["nothing", "no_run", "misspelt", "untrained", "untrained_method", "mask", "mask_without_head",
+         "data", "head"],
 )  # fmt: skip
 def test_what_cannot_be_scored_is_refused_in_a_sentence(
     overrides, words, phantoms, tmp_path, capsys

@@ -63,10 +63,11 @@ def fused(smoke_run, phantoms, patient, tmp_path_factory):
 def test_results_lie_on_the_grid_that_the_mri_came_on(orientation, fused, patient):
     mri = nib.load(patient / orientation / "mri.nii.gz")
     assert {path.name for path in (fused / orientation).iterdir()} == {
-        "fused.nii.gz", "uncertainty.nii.gz", "aleatoric.nii.gz", "interval_low.nii.gz",
-        "interval_high.nii.gz", "report.html",
+        "fused.nii.gz", "uncertainty.nii.gz", "epistemic.nii.gz", "aleatoric.nii.gz",
+        "interval_low.nii.gz", "interval_high.nii.gz", "report.html",
     }  # fmt: skip
-    for name in ("fused", "uncertainty", "aleatoric", "interval_low", "interval_high"):
+    names = ("fused", "uncertainty", "epistemic", "aleatoric", "interval_low", "interval_high")
+    for name in names:
         image = nib.load(fused / orientation / f"{name}.nii.gz")
         assert image.shape == mri.shape == SHAPE[::-1]
         np.testing.assert_allclose(image.affine, mri.affine)
@@ -98,7 +99,8 @@ def test_a_run_without_calibration_gives_no_interval(smoke_run, phantoms, patien
     overrides = arguments(run, patient / "RAS", tmp_path / "out")
     main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "fused.nii.gz", "uncertainty.nii.gz", "aleatoric.nii.gz", "report.html",
+        "fused.nii.gz", "uncertainty.nii.gz", "epistemic.nii.gz", "aleatoric.nii.gz",
+        "report.html",
     }  # fmt: skip
 
 
@@ -127,8 +129,12 @@ def test_steps_members_and_guidance_can_be_asked_for_and_masks_left_out(
     overrides = arguments(smoke_run, patient / "LAS", tmp_path / "out", lesion_mask=None)
     overrides += ["members=1", "steps=1", "presets=[bone_tumor]"]
     main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
-    spread = nib.load(tmp_path / "out" / "uncertainty.nii.gz").get_fdata()
-    assert (spread == 0).all()  # one member has no spread
+    total, epistemic = (
+        nib.load(tmp_path / "out" / f"{name}.nii.gz").get_fdata()
+        for name in ("uncertainty", "epistemic")
+    )
+    np.testing.assert_array_equal(total, epistemic)  # one member of each model has no spread
+    assert epistemic.max() > 0
     assert not list((tmp_path / "out").glob("interval*"))
     assert not list((tmp_path / "out").glob("*leatoric*"))
     report = (tmp_path / "out" / "report.html").read_text()
@@ -148,12 +154,28 @@ def fuse_into(out, run, phantoms, patient, *overrides):
     return out
 
 
+@pytest.fixture
+def run_of_one_model(smoke_run, tmp_path):
+    """The run as if it had kept no snapshots of its training."""
+    folder = tmp_path / "run_of_one_model"
+    shutil.copytree(smoke_run, folder)
+    for path in (folder / "checkpoints").glob("draw_*"):
+        path.unlink()
+    return folder
+
+
+def test_one_member_of_one_model_has_no_spread(run_of_one_model, phantoms, patient, tmp_path):
+    overrides = [*arguments(run_of_one_model, patient / "RAS", tmp_path / "out"), "members=1"]
+    main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
+    assert (volume(tmp_path / "out" / "uncertainty.nii.gz") == 0).all()
+
+
 def test_one_model_has_no_epistemic_map_and_says_so_and_removes_an_old_one(
-    smoke_run, phantoms, patient, tmp_path, capsys
+    run_of_one_model, phantoms, patient, tmp_path, capsys
 ):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "epistemic.nii.gz").write_text("of another run")
-    out = fuse_into(tmp_path / "out", smoke_run, phantoms, patient)
+    out = fuse_into(tmp_path / "out", run_of_one_model, phantoms, patient)
     assert not (out / "epistemic.nii.gz").exists()
     np.testing.assert_array_equal(
         volume(out / "aleatoric.nii.gz"), volume(out / "uncertainty.nii.gz")
@@ -240,7 +262,7 @@ def test_presets_side_by_side_are_each_what_they_are_alone(
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {own, "bone_tumor", "report.html"}
     assert {path.name for path in (out / "bone_tumor").iterdir()} == {
-        "fused.nii.gz", "uncertainty.nii.gz", "aleatoric.nii.gz",
+        "fused.nii.gz", "uncertainty.nii.gz", "epistemic.nii.gz", "aleatoric.nii.gz",
     }  # fmt: skip
     assert (out / own / "interval_low.nii.gz").is_file()  # calibrated with its own preset alone
     alone = fuse_into(tmp_path / "alone", smoke_run, phantoms, patient, "presets=[bone_tumor]")

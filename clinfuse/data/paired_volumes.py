@@ -173,6 +173,7 @@ def study_item(
         roi=torch.cat((clean_roi[:1], bone, clean_roi[2:]))[None],
         spacing_mm=torch.tensor([spacing_mm]),
         case_id=[study.case_id],
+        ct_map=[study.ct_map],
         reference=reference[None],
         clean_mri=clean_mri[None],
         clean_ct=clean_ct[None],
@@ -221,8 +222,8 @@ def collate_batches(items: Sequence[FusionBatch]) -> FusionBatch:
     values: dict[str, Any] = {}
     for field in fields(FusionBatch):
         parts = [getattr(item, field.name) for item in items]
-        if field.name == "case_id":
-            values[field.name] = [case for part in parts for case in part]
+        if field.name in ("case_id", "ct_map"):
+            values[field.name] = [name for part in parts for name in part]
         else:
             values[field.name] = None if parts[0] is None else torch.cat(parts)
     return FusionBatch(**values)

@@ -1,16 +1,21 @@
 """The pseudo-reference: one image from a registered, clean pair, blended without a seam."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy.ndimage import label
 from torch import Tensor
 
 from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.functional.intensity import CtMap, ct_from_model, piecewise_linear
 from clinfuse.functional.spacing import SpacingMm, shared_spacing
 
-FINDING_DISPLAY = ((20.0, -1.0), (50.0, 0.5), (100.0, 0.85), (300.0, 1.0))
-"""(HU, model value): brightness of CT-dense findings on the MRI. Blood is above grey and white
-matter in most contrasts, calcium is the brightest, and brain beside them is not shown at all."""
+FINDING_DISPLAY = ((20.0, -1.0), (45.0, 0.5), (60.0, 0.8), (100.0, 0.95), (300.0, 1.0))
+"""(HU, model value): brightness of CT-dense findings on the MRI, blood under calcium; brain beside
+them is not shown at all. Where the surroundings are bright themselves the sign is turned."""
+
+AROUND_MM = 6.0
+"""Width of the Gaussian window within which a finding's surroundings are averaged."""
 
 
 def composite(
@@ -34,8 +39,7 @@ def composite(
         ct: registered, in model space.
         mri: in model space.
         bone: voxels that are the CT's.
-        findings: haemorrhage and calcification, where F = max(MRI, display of the CT's density),
-            as dense things are bright to a reader of CT; None for none.
+        findings: haemorrhage and calcification, as ``shown_findings`` shows them; None for none.
         brain: voxels that bone's feathering leaves alone; None for none.
         spacing_mm: voxel size, the same for all cases.
         feather_mm: distance at which the weight of a neighbouring bone has fallen below 0.05.
@@ -43,8 +47,7 @@ def composite(
     """
     fused = mri
     if findings is not None:
-        shown = torch.maximum(mri, finding_display(ct, ct_map))
-        fused = torch.lerp(mri, shown, feathered(findings, spacing_mm, feather_mm).to(mri))
+        fused = shown_findings(mri, ct, findings, brain, spacing_mm, feather_mm, ct_map)
     weight = feathered(bone, spacing_mm, feather_mm).to(mri)
     if brain is not None:
         weight = torch.where(brain, bone.to(mri), weight)
@@ -62,6 +65,50 @@ def feathered(
     sigma = [feather_mm / 2 / size for size in shared_spacing(spacing_mm)]
     hard = mask.float()
     return torch.maximum(hard, 2 * gaussian_smooth(hard, sigma)).clamp(max=1)
+
+
+def shown_findings(
+    mri: Float[Tensor, "b 1 *dhw"],
+    ct: Float[Tensor, "b 1 *dhw"],
+    findings: Bool[Tensor, "b 1 *dhw"],
+    brain: Bool[Tensor, "b 1 *dhw"] | None,
+    spacing_mm: SpacingMm,
+    feather_mm: float = 2.0,
+    ct_map: CtMap = "piecewise",
+) -> Float[Tensor, "b 1 *dhw"]:
+    """The MRI with each CT-dense finding shown by its density, so that it stands out.
+
+    Bright, as dense things are to a reader of CT: max(MRI, ``finding_display``). But where the MRI
+    around a finding is bright itself (T2 and ADC beside CSF), bright would hide it: there it is
+    dark, as calcium and fresh blood are on those contrasts, in the same order on half of the range:
+    min(MRI, -(1 + ``finding_display``) / 2). Whichever lies farther from the mean of the brain
+    around it; each connected finding by itself.
+
+    Args:
+        mri: to show them on, in model space.
+        ct: registered; its density decides how bright.
+        findings: where.
+        brain: where the surroundings are; None for everywhere.
+        spacing_mm: voxel size, the same for all cases.
+        feather_mm: as in ``composite``.
+        ct_map: how the CT got into model space.
+    """
+    display = finding_display(ct, ct_map)
+    others = (~findings if brain is None else brain & ~findings).to(mri)
+    sigma = [AROUND_MM / 2 / size for size in shared_spacing(spacing_mm)]
+    seen, total = (gaussian_smooth(v, sigma) for v in (others, others * mri))
+    around = total / seen.clamp(min=1e-3)
+    dark = torch.zeros_like(findings)
+    for case in range(len(mri)):
+        parts, count = label(findings[case, 0].cpu().numpy(), np.ones((3,) * (mri.ndim - 2)))
+        for number in range(1, count + 1):
+            inside = torch.from_numpy(parts == number).to(mri.device)
+            level, bright = around[case, 0][inside].mean(), display[case, 0][inside].mean()
+            dark[case, 0] |= inside & (level + (1 + bright) / 2 > (bright - level).abs())
+    near_dark = feathered(dark, spacing_mm, feather_mm) > 0
+    in_dark, in_bright = torch.minimum(mri, -(1 + display) / 2), torch.maximum(mri, display)
+    shown = torch.where(near_dark, in_dark, in_bright)
+    return torch.lerp(mri, shown, feathered(findings, spacing_mm, feather_mm).to(mri))
 
 
 def finding_display(

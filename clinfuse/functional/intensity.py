@@ -1,15 +1,14 @@
 """From scanner units to model space [-1, 1] and back, for CT and for MRI."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-CtMap = Literal["piecewise", "window_40_400", "window_8bit"]
-"""How CT becomes model space: the default on HU, the stroke window, or an 8-bit window as is."""
+from clinfuse.types import CtMap
 
 CT_KNOTS_PIECEWISE = (
     (-1000.0, -1.0),  # air

@@ -194,7 +194,7 @@ class RoiDiffusion(FusionMethod):
         """
         with torch.no_grad():
             anchor = self.anchor(batch)
-        return self._sampled(batch, anchor)
+        return self.sample(batch, anchor)
 
     def model_draws(self, batch: FusionBatch) -> Float[Tensor, "m k b 1 *dhw"]:
         """``ensemble``, then the same from each anchor of ``add_draw``.
@@ -204,7 +204,7 @@ class RoiDiffusion(FusionMethod):
         """
         with torch.no_grad():
             anchors = [anchor(batch) for anchor in (self.anchor, *self.other_anchors)]
-        return torch.stack([self._sampled(batch, anchor) for anchor in anchors])
+        return torch.stack([self.sample(batch, anchor) for anchor in anchors])
 
     def add_draw(self, weights: Mapping[str, Tensor]) -> None:
         """Take the anchor of another point of the training as a model draw.
@@ -217,7 +217,7 @@ class RoiDiffusion(FusionMethod):
         anchor.load_state_dict(anchor.state_dict() | named)
         self.other_anchors.append(anchor.to(self.device).eval())
 
-    def _sampled(self, batch: FusionBatch, anchor: Anchor) -> Float[Tensor, "k b 1 *dhw"]:
+    def sample(self, batch: FusionBatch, anchor: Anchor) -> Float[Tensor, "k b 1 *dhw"]:
         k = self.members
         with torch.no_grad():
             condition = self._encode(anchor).repeat(k)

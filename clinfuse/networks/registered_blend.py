@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from clinfuse.functional.intensity import leaky_clamp
+from clinfuse.functional.composite import shown_findings
+from clinfuse.functional.intensity import ct_from_model, leaky_clamp
 from clinfuse.networks.fusion_unet import FusionUNet
 from clinfuse.networks.rigid_registration import (
     Registration,
@@ -17,6 +18,7 @@ from clinfuse.networks.rigid_registration import (
     move,
 )
 from clinfuse.networks.source_denoiser import SourceDenoisers
+from clinfuse.roi.findings import ct_dense_findings
 from clinfuse.types import FusionBatch
 
 
@@ -27,7 +29,8 @@ class Anchor:
     Attributes:
         mean: mu(c), in model space.
         scale: s(c) > 0, the error of ``mean`` expected at each voxel.
-        mri: the MRI, without the noise that the anchor saw in it.
+        mri: the MRI, without the noise that the anchor saw in it, and with what only the CT shows
+            in the brain.
         ct: the CT likewise, where the anchor believes it belongs.
         roi: the masks as floats, the CT's own moved with it.
         ct_weight: how much of each voxel comes from the CT, in [0, 1].
@@ -108,12 +111,15 @@ class RegisteredBlend(nn.Module):
             if self.denoisers is not None:
                 mri = self.denoisers.mri(mri).clamp(-1, 1)
                 ct = self.denoisers.ct(ct).clamp(-1, 1)
+            findings = dense_findings(ct, batch)
+            mri = with_findings(mri, ct, findings, batch)
         roi = torch.cat([brain, bone, lesion], 1)
         out = self.network(None, self.network.encode(mri, ct, roi, known)).float()
         weight_logit, correction, log_scale = out.split(1, 1)
         prior = self.bone_logit * (2 * bone - 1 - 2 * brain)
         weight = torch.sigmoid(weight_logit + prior)
         mean = leaky_clamp(weight * ct + (1 - weight) * mri + correction)
+        mean = with_findings(mean, ct, findings, batch)
         expected = self._expected_error(weight, mri, ct, lost, batch).detach()
         scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
         return Anchor(mean, scale, mri, ct, roi, weight, found)
@@ -143,6 +149,48 @@ class RegisteredBlend(nn.Module):
         edges = self.misplaced_mm * slope_per_mm(blend, batch.spacing_mm)
         moved = self.lost_gain * weight * lost
         return (self.noise_scale**2 + choice + edges.square() + moved.square()).sqrt()
+
+
+def dense_findings(
+    ct: Float[Tensor, "b 1 *dhw"], batch: FusionBatch
+) -> Bool[Tensor, "b 1 *dhw"] | None:
+    """The haemorrhages and calcifications that a registered CT shows in the brain; None for none.
+
+    "Nothing visible may vanish" (method.md section 3), and what is dense in the CT is known by its
+    Hounsfield units, so this is not left to a network that sees one such case in three. A case
+    whose CT is not in HU has none.
+
+    Args:
+        ct: registered, and better without noise.
+        batch: for its brain mask, voxel size and the units of its CT.
+    """
+    if ct.ndim != 5:
+        return None
+    found = torch.zeros_like(batch.brain)
+    for case, ct_map in enumerate(batch.ct_map):
+        if ct_map != "window_8bit":
+            ct_hu = ct_from_model(ct[case, 0].float(), ct_map).cpu().numpy()
+            brain, spacing_mm = batch.brain[case, 0].cpu().numpy(), batch.spacing_mm[case].tolist()
+            found[case, 0] = torch.from_numpy(ct_dense_findings(ct_hu, brain, spacing_mm))
+    return found if found.any() else None
+
+
+def with_findings(
+    volume: Float[Tensor, "b 1 *dhw"],
+    ct: Float[Tensor, "b 1 *dhw"],
+    findings: Bool[Tensor, "b 1 *dhw"] | None,
+    batch: FusionBatch,
+) -> Float[Tensor, "b 1 *dhw"]:
+    """The volume with the findings shown on it as the reference shows them."""
+    if findings is None:
+        return volume
+    cases = [
+        shown_findings(v[None], c[None], f[None], brain[None], spacing[None], ct_map=ct_map)
+        for v, c, f, brain, spacing, ct_map in zip(
+            volume, ct, findings, batch.brain, batch.spacing_mm, batch.ct_map, strict=True
+        )
+    ]
+    return torch.cat(cases)
 
 
 def lost_in_moving(

@@ -7,7 +7,7 @@ from PIL import Image
 
 from clinfuse.callbacks.recorder import CaseRecorder, RunReport, case_view, summarise
 from clinfuse.functional.psnr import psnr
-from clinfuse.functional.surface import dice
+from clinfuse.functional.surface import dice, signed_distance_mm
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.rules import MaskComposite, Weighted
 from clinfuse.metrics.calibration import REGIONS, Calibration
@@ -30,7 +30,7 @@ class Curious(FusionMethod):
 
     def __init__(self):
         super().__init__()
-        self.lesion_voxels, self.deepest_mm = [], []
+        self.lesion_voxels, self.deepest_mm, self.given = [], [], []
 
     def fuse(self, batch):
         return self.ensemble(batch).mean(0)
@@ -38,6 +38,7 @@ class Curious(FusionMethod):
     def ensemble(self, batch):
         self.lesion_voxels.append(int(batch.lesion.sum()))
         self.deepest_mm.append(float(batch.lesion_distance_mm.min()))
+        self.given.append((batch.roi, batch.lesion_distance_mm))
         return torch.stack([batch.mri * 0.5 - 0.25, batch.mri * 0.5 + 0.25])
 
 
@@ -95,6 +96,8 @@ def test_every_method_case_and_amplitude_has_a_row_of_every_metric(tmp_path, dat
         (
             ("brain", "ssim"), ("brain", "fsim"), ("bone", "psnr"), ("bone", "ssim"),
             ("whole", "psnr"), ("whole", "ssim"), ("whole", "fsim"),
+            ("lesion", "conspicuity"), ("lesion", "conspicuity_min"),
+            ("findings", "conspicuity"), ("findings", "conspicuity_min"),
         )
     }  # fmt: skip
 
@@ -130,7 +133,9 @@ def test_without_the_mask_no_method_sees_the_lesion_and_scores_still_know_it(tmp
         rows = scored({"curious": method}, recorder_in(tmp_path, **settings), data)
         assert set(rows["mask_source"]) == {mask_source}
         lesion = rows[rows["roi"] == "lesion"]
-        assert set(lesion["metric"]) == {"dice", "nsd", "hd95", "ece_raw", "brier_raw"}
+        assert set(lesion["metric"]) == {
+            "dice", "nsd", "hd95", "ece_raw", "brier_raw", "conspicuity", "conspicuity_min",
+        }  # fmt: skip
         return method, lesion
 
     seen, expert = lesion_rows("expert")
@@ -141,6 +146,61 @@ def test_without_the_mask_no_method_sees_the_lesion_and_scores_still_know_it(tmp
     pd.testing.assert_series_equal(expert["value"], none["value"])
     dices = expert[(expert["metric"] == "dice") & (expert["case_id"] == "case_007")]["value"]
     assert dices.notna().all()
+
+
+def test_the_automatic_mask_is_what_the_head_finds_in_the_sources_and_scores_know_the_true_one(
+    tmp_path, data
+):
+    def told(mask_source):
+        method = Curious()
+        settings = {"mask_source": mask_source, "lesion_head": BrightIsLesion()}
+        return method, scored({"curious": method}, recorder_in(tmp_path, **settings), data)
+
+    (method, rows), (expert, expert_rows) = told("automatic"), told("expert")
+    assert set(rows["mask_source"]) == {"automatic"}
+    batches = [batch for amplitude in AMPLITUDES for batch in data.test_batches(amplitude)]
+    assert len(method.given) == len(batches)
+    for batch, (roi, distance_mm) in zip(batches, method.given, strict=True):
+        composite = torch.where(batch.roi[:, 1:2], batch.ct, batch.mri)
+        found = (BrightIsLesion()(composite) > 0.5) & batch.roi[:, :1]
+        assert found.any() and not torch.equal(found, batch.lesion)
+        assert torch.equal(roi, torch.cat([batch.roi[:, :2], found], 1))
+        assert distance_mm[found].max() <= 0 < distance_mm[~found].min()
+        expected = signed_distance_mm(found, batch.spacing_mm)
+        torch.testing.assert_close(distance_mm, expected.to(distance_mm))
+    assert method.lesion_voxels != expert.lesion_voxels
+    # the method looks at the MRI alone, so only what it was scored against could differ
+    pd.testing.assert_series_equal(rows["value"], expert_rows["value"])
+
+
+class NothingIsLesion(torch.nn.Module):
+    """A lesion head that finds none."""
+
+    def forward(self, fused):
+        return torch.zeros_like(fused)
+
+
+def test_where_the_head_finds_nothing_the_automatic_mask_is_empty(tmp_path, data):
+    method = Curious()
+    recorder = recorder_in(tmp_path, mask_source="automatic", lesion_head=NothingIsLesion())
+    rows = scored({"curious": method}, recorder, data)
+    assert set(method.lesion_voxels) == {0} and min(method.deepest_mm) > 0
+    dices = rows[(rows["metric"] == "dice") & (rows["case_id"] == "case_007")]["value"]
+    assert (dices == 0).all() and len(dices) == len(AMPLITUDES)  # the true one was missed
+
+
+def test_the_report_has_a_table_of_how_visible_findings_are_where_any_can_be_judged(tmp_path, data):
+    recorder = recorder_in(tmp_path, pictures=0)
+    rows = scored({"average": Weighted(0.5)}, recorder, data)
+    of_findings = rows[rows["metric"].isin({"conspicuity", "conspicuity_min"})]
+    assert of_findings["value"].isna().all()  # on so coarse a grid findings have no surround
+    assert "Conspicuity of findings" not in recorder.write().read_text("utf-8")
+    for row in recorder.rows:
+        if row["case_id"] == "case_007" and row["roi"] == "lesion":
+            row["value"] = 0.4321
+    text = recorder.write().read_text("utf-8")
+    assert "Conspicuity of findings" in text and "lesion on MRI" in text and "0.432" in text
+    assert "only on CT" not in text
 
 
 def test_the_lesion_score_is_of_what_the_head_sees_in_the_fused_volume(tmp_path, data):
@@ -187,8 +247,14 @@ def test_the_report_of_a_training_run_is_written_when_its_test_ends(tmp_path, da
 
 
 def test_an_unknown_source_of_masks_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="mask_source expert or none, got 'oracle'"):
+    sources = r"mask_source of \('expert', 'automatic', 'none'\), got 'oracle'"
+    with pytest.raises(ValueError, match=sources):
         recorder_in(tmp_path, mask_source="oracle")
+
+
+def test_an_automatic_mask_without_a_head_to_draw_it_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a lesion head for mask_source=automatic"):
+        recorder_in(tmp_path, mask_source="automatic")
 
 
 def test_a_view_shows_sources_as_given_and_masks_as_they_truly_are(phantoms):
@@ -214,7 +280,12 @@ def test_a_summary_is_mean_and_standard_deviation_and_one_draw_has_no_spread():
 def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(tmp_path, data):
     calibration = Calibration(
         level=0.9,
-        std_scale={"brain": 0.5, "bone": 2.0, "tissue": 1.0, "air": 1.0},
+        curve={
+            "brain": [[1.0], [0.5]],
+            "bone": [[1.0], [2.0]],
+            "tissue": [[1.0], [1.0]],
+            "air": [[1.0], [1.0]],
+        },
         quantile={"brain": 1.0, "bone": 9.0, "tissue": 2.0, "air": 2.0},
         temperature=None,
         case_ids=["case_002"],
@@ -240,8 +311,8 @@ def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(t
 def test_the_reliability_diagram_of_a_training_run_reaches_wandb(tmp_path, data, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    regions = dict.fromkeys(REGIONS, 1.0)
-    calibration = Calibration(0.9, regions, regions, None, ["case_002"], 2.0)
+    curve, quantile = dict.fromkeys(REGIONS, [[1.0], [1.0]]), dict.fromkeys(REGIONS, 1.0)
+    calibration = Calibration(0.9, curve, quantile, None, ["case_002"], 2.0)
     report = RunReport(
         tmp_path, preset="stroke", seed=3, method="curious", calibration=calibration, pictures=0
     )

@@ -2,8 +2,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from clinfuse.diffusion.ensemble import ensemble_uncertainty, ensemble_variance
+from clinfuse.diffusion.ensemble import (
+    ensemble_mean,
+    ensemble_uncertainty,
+    ensemble_variance,
+)
 from clinfuse.diffusion.guidance import (
     Guide,
     guided_estimate,
@@ -42,34 +48,47 @@ def squared_error(x0_hat):
     return 0.5 * (x0_hat - 0.7).square().flatten(1).sum(1)
 
 
+def mean_above(x0_hat):
+    """A loss that rises by the same slope everywhere, and is far from 0."""
+    return (x0_hat + 10).flatten(1).sum(1)
+
+
+def rms(x):
+    return x.flatten(1).square().mean(1).sqrt()
+
+
 def unit(gradient):
-    return gradient / gradient.flatten(1).square().mean(1).sqrt().reshape(-1, 1, 1, 1)
+    return gradient / rms(gradient).reshape(-1, 1, 1, 1)
 
 
 def levels_like(x_t, level=0.5):
     return x_t.new_full(x_t.shape[:1], level)
 
 
+def estimate(denoise, x_t, guide, level=0.5):
+    """``guided_estimate`` at one signal power."""
+    return guided_estimate(denoise, x_t, levels_like(x_t, level), 1 - level, guide)
+
+
 def test_full_gradient_of_a_linear_denoiser_is_its_transpose(x_t, matrix, linear_denoiser):
     guide = roi_guide(squared_error, eta=0.3, eta_u=0.0, kappa=None, gradient="full")
-    x0_hat, correction = guided_estimate(linear_denoiser, x_t, levels_like(x_t), guide)
+    x0_hat, correction = estimate(linear_denoiser, x_t, guide)
     expected = ((x0_hat - 0.7).flatten(1) @ matrix).reshape_as(x_t)  # A^T (A x - 0.7)
     torch.testing.assert_close(correction, 0.3 * unit(expected))
 
 
 def test_x0_gradient_stops_at_the_estimate(x_t, linear_denoiser):
     guide = roi_guide(squared_error, eta=0.3, eta_u=0.0, kappa=None, gradient="x0")
-    x0_hat, correction = guided_estimate(linear_denoiser, x_t, levels_like(x_t), guide)
+    x0_hat, correction = estimate(linear_denoiser, x_t, guide)
     torch.testing.assert_close(correction, 0.3 * unit(x0_hat - 0.7))
 
 
 def test_both_gradients_agree_where_the_denoiser_only_scales(gaussian, x_t):
     full, x0 = (
-        guided_estimate(
+        estimate(
             gaussian.denoise,
             x_t,
-            levels_like(x_t),
-            roi_guide(squared_error, eta=0.3, eta_u=0.1, kappa=2.0, members=3, gradient=gradient),
+            roi_guide(squared_error, eta=0.1, eta_u=0.1, kappa=2.0, members=3, gradient=gradient),
         )[1]
         for gradient in ("full", "x0")
     )
@@ -79,7 +98,7 @@ def test_both_gradients_agree_where_the_denoiser_only_scales(gaussian, x_t):
 @pytest.mark.parametrize("gradient", ["full", "x0"])
 def test_uncertainty_gradient_is_that_of_the_variance(gradient, x_t, matrix, linear_denoiser):
     guide = roi_guide(squared_error, 0.0, eta_u=0.2, kappa=None, members=3, gradient=gradient)
-    x0_hat, correction = guided_estimate(linear_denoiser, x_t, levels_like(x_t), guide)
+    x0_hat, correction = estimate(linear_denoiser, x_t, guide)
     cases = x0_hat.reshape(2, 3, VOXELS)
     slope = cases - cases.mean(1, keepdim=True)  # dU/dx0 up to a factor, which unit length takes
     slope = slope @ matrix if gradient == "full" else slope
@@ -89,7 +108,7 @@ def test_uncertainty_gradient_is_that_of_the_variance(gradient, x_t, matrix, lin
 
 def test_uncertainty_guidance_at_x0_leaves_the_ensemble_mean_alone(x_t):
     guide = roi_guide(squared_error, 0.0, eta_u=0.2, kappa=None, members=3, gradient="x0")
-    correction = guide(x_t, levels_like(x_t), x_t)
+    correction = guide(x_t, 0.5, x_t)
     sums = correction.reshape(2, 3, -1).sum(1)
     torch.testing.assert_close(sums, torch.zeros_like(sums), atol=1e-12, rtol=0)
     assert correction.abs().max() > 0.1
@@ -98,33 +117,30 @@ def test_uncertainty_guidance_at_x0_leaves_the_ensemble_mean_alone(x_t):
 @pytest.mark.parametrize("kappa", [0.5, 4.0])
 def test_guidance_strength_is_equation_4_at_every_voxel(kappa, x_t):
     guide = roi_guide(squared_error, 0.2, 0.0, kappa, members=3, gradient="x0", reference_std=0.5)
-    plain = roi_guide(squared_error, 1.0, 0.0, None, members=3, gradient="x0")
-    alpha_bar_t = levels_like(x_t)
-    strength = guide(x_t, alpha_bar_t, x_t) / plain(x_t, alpha_bar_t, x_t)
+    plain = roi_guide(squared_error, 0.2, 0.0, None, members=3, gradient="x0")
+    strength = guide(x_t, 0.5, x_t) / plain(x_t, 0.5, x_t)
     variance = ensemble_variance(x_t, 3)
     for case in range(2):
         for member in range(3):
             for p in range(VOXELS):
                 spread = variance[case].flatten()[p].item()
                 conf = 1 - spread / (spread + 0.5**2)
-                expected = 0.2 / (1 + math.exp(-kappa * (1 - conf)))
+                expected = 1 / (1 + math.exp(-kappa * (1 - conf)))
                 ours = strength[3 * case + member].flatten()[p].item()
                 assert ours == pytest.approx(expected, rel=1e-9)
 
 
 def test_kappa_none_leaves_equation_4_out_and_zero_halves_eta(x_t):
     full, half = (
-        roi_guide(squared_error, 0.2, 0.0, kappa, members=3, gradient="x0")(
-            x_t, levels_like(x_t), x_t
-        )
+        roi_guide(squared_error, 0.2, 0.0, kappa, members=3, gradient="x0")(x_t, 0.5, x_t)
         for kappa in (None, 0.0)
     )
-    torch.testing.assert_close(full.flatten(1).square().mean(1).sqrt(), levels_like(x_t, 0.2))
+    torch.testing.assert_close(rms(full), levels_like(x_t, 0.2))
     torch.testing.assert_close(half, full / 2)
 
 
 def test_a_step_is_the_unguided_step_minus_the_correction(gaussian, x_t):
-    guide = Guide(lambda x_t, alpha_bar_t, x0_hat: 0.1 * x_t + 0.2 * x0_hat)
+    guide = Guide(lambda x_t, noise_level, x0_hat: 0.1 * x_t + 0.2 * x0_hat)
     level = levels_like(x_t, 0.4)
     for sampler in (ddim, ddpm, dpm_solver):
         guided = sampler(gaussian.denoise, x_t, level[:1], guide)
@@ -192,11 +208,15 @@ def test_the_denoiser_runs_with_a_graph_only_where_it_is_needed(settings, expect
     assert not sample.requires_grad
 
 
-def test_levels_outside_the_range_are_not_guided(x_t):
-    guide = Guide(lambda x_t, alpha_bar_t, x0_hat: torch.ones_like(x_t), start=0.9, end=0.2)
-    # Noise levels 1 - alpha_bar: above the range, at both of its ends nearly, inside, and below.
-    alpha_bar_t = torch.tensor([0.0, 0.11, 0.5, 0.79, 0.81, 1.0], dtype=torch.float64)
-    assert guide(x_t, alpha_bar_t, x_t)[:, 0, 0, 0].tolist() == [0, 1, 1, 1, 0, 0]
+@pytest.mark.parametrize(
+    "noise_level, is_guided",
+    [(1.0, False), (0.91, False), (0.9, True), (0.5, True), (0.2, True), (0.19, False)],
+)
+def test_levels_outside_the_range_are_not_guided(noise_level, is_guided, x_t):
+    guide = Guide(lambda x_t, noise_level, x0_hat: torch.ones_like(x_t), start=0.9, end=0.2)
+    assert guide.is_active(noise_level) is is_guided
+    correction = guide(x_t, noise_level, x_t)
+    torch.testing.assert_close(correction, torch.full_like(x_t, float(is_guided)))
 
 
 def test_parameters_of_the_denoiser_collect_no_gradient(x_t):
@@ -231,15 +251,172 @@ def test_an_unknown_gradient_is_refused():
         roi_guide(squared_error, 0.1, 0.05, 0.5, gradient="half")
 
 
+# How far a step goes.
+
+
+def test_the_reach_is_the_loss_over_the_squared_slope(x_t):
+    """Of 1/2 |x - 0.7|^2 the slope is x - 0.7 and the Polyak step half of it."""
+    slope = loss_gradient(squared_error, x_t)
+    torch.testing.assert_close(slope.direction, unit(x_t - 0.7))
+    torch.testing.assert_close(slope.reach, rms(x_t - 0.7) / 2)
+    assert slope.is_finite.all()
+    torch.testing.assert_close(slope.step(math.inf), (x_t - 0.7) / 2)
+
+
+def test_the_reach_through_a_denoiser_is_in_units_of_x_t(x_t, matrix, linear_denoiser):
+    x_t.requires_grad_()
+    x0_hat = linear_denoiser(x_t, levels_like(x_t))
+    slope = loss_gradient(squared_error, x0_hat, x_t)
+    error = (x0_hat.detach() - 0.7).flatten(1)
+    gradient = error @ matrix  # A^T (A x - 0.7)
+    polyak = 0.5 * error.square().sum(1) / gradient.square().sum(1)
+    torch.testing.assert_close(slope.reach, polyak * gradient.square().mean(1).sqrt())
+    expected = (polyak[:, None] * gradient).reshape_as(x_t)
+    torch.testing.assert_close(slope.step(math.inf), expected)
+
+
+def test_the_reach_of_a_group_is_that_of_its_whole_loss(x_t):
+    slope = loss_gradient(squared_error, x_t, members=3)
+    of_case = (x_t - 0.7).reshape(2, -1).square().mean(1).sqrt()
+    torch.testing.assert_close(slope.reach, of_case / 2)
+    torch.testing.assert_close(slope.step(math.inf), (x_t - 0.7) / 2)
+
+
+@pytest.mark.parametrize("distance", [1e-6, 1e-3, 0.19, 0.21, 5.0])
+def test_a_step_is_as_long_as_asked_but_never_beyond_half_the_way(distance, x_t):
+    near = 0.7 + distance * unit(x_t)
+    correction = roi_guide(squared_error, 0.1, 0.0, None, gradient="x0")(x_t, 0.5, near)
+    torch.testing.assert_close(correction, min(0.1, distance / 2) * unit(x_t))
+
+
+def test_the_pull_towards_low_spread_stops_half_way_too(x_t):
+    correction = roi_guide(squared_error, 0.0, 1e6, None, members=3, gradient="x0")(x_t, 0.5, x_t)
+    of_case = x_t.reshape(2, 3, 1, 3, 4)
+    torch.testing.assert_close(
+        correction, ((of_case - of_case.mean(1, keepdim=True)) / 2).reshape_as(x_t)
+    )
+
+
+def test_what_has_arrived_stays(x_t):
+    guide = roi_guide(squared_error, 0.1, 0.1, 0.5, members=3, gradient="x0")
+    assert (guide(x_t, 0.5, torch.full_like(x_t, 0.7)) == 0).all()
+
+
+@given(exponent=st.floats(-3, 3))
+def test_the_scale_of_a_loss_neither_lengthens_nor_shortens_its_steps(exponent):
+    x_t = torch.randn(6, 1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    slope = loss_gradient(lambda x: 10**exponent * squared_error(x), x_t)
+    torch.testing.assert_close(slope.reach, rms(x_t - 0.7) / 2)
+
+
+def test_a_loss_below_zero_or_that_is_no_number_gives_no_step(x_t):
+    below, unknown = (
+        loss_gradient(lambda x, by=by: squared_error(x) + by, x_t) for by in (-1e6, math.nan)
+    )
+    assert (below.step(0.1) == 0).all() and (unknown.step(0.1) == 0).all()
+
+
+@pytest.mark.parametrize("of_mean", [False, True])
+@pytest.mark.parametrize("gradient", ["full", "x0"])
+@pytest.mark.parametrize("sampler", [ddim, ddpm, dpm_solver])
+def test_an_eta_a_million_times_too_large_ends_finite_and_no_further_off(
+    sampler, gradient, of_mean, gaussian, x_t
+):
+    def error(eta, eta_u):
+        guide = roi_guide(
+            squared_error, eta, eta_u, None, members=3, gradient=gradient, of_mean=of_mean
+        )
+        generator = torch.Generator().manual_seed(0)
+        sample = sampler(gaussian.denoise, x_t, LEVELS, guide, generator)
+        assert sample.isfinite().all()
+        return squared_error(ensemble_mean(sample, 3) if of_mean else sample)
+
+    without = error(0.0, 0.0)
+    assert (error(1e6, 0.0) < without).all()
+    assert (error(1e6, 1e6) < without).all()
+
+
+# The loss of the members' mean.
+
+
+def test_the_loss_of_the_mean_sees_one_mean_a_case(x_t):
+    seen = []
+
+    def loss(x0_hat):
+        seen.append(x0_hat.detach())
+        return squared_error(x0_hat)
+
+    roi_guide(loss, 0.1, 0.0, None, members=3, gradient="x0", of_mean=True)(x_t, 0.5, x_t)
+    (mean,) = seen
+    torch.testing.assert_close(mean, x_t.reshape(2, 3, 1, 3, 4).mean(1))
+
+
+@pytest.mark.parametrize("eta", [0.1, 1e6])
+def test_all_members_take_the_step_that_their_mean_would(eta, x_t):
+    guide = roi_guide(squared_error, eta, 0.0, None, members=3, gradient="x0", of_mean=True)
+    away = x_t.reshape(2, 3, 1, 3, 4).mean(1) - 0.7
+    length = torch.minimum(torch.tensor(eta), rms(away) / 2)  # half the way of the mean
+    step = length.reshape(2, 1, 1, 1) * unit(away)
+    torch.testing.assert_close(guide(x_t, 0.5, x_t), step.repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize("eta", [0.1, 1e6])
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
+def test_guiding_the_mean_moves_it_as_if_it_were_alone_and_leaves_the_spread(
+    sampler, eta, gaussian, x_t
+):
+    """Of a denoiser that is affine, and so maps means to means."""
+
+    def guided(start, eta, members):
+        guide = roi_guide(
+            squared_error, eta, 0.0, None, members=members, gradient="x0", of_mean=True
+        )
+        return sampler(gaussian.denoise, start, LEVELS, guide)
+
+    members, alone = guided(x_t, eta, 3), guided(ensemble_mean(x_t, 3), eta, 1)
+    torch.testing.assert_close(ensemble_mean(members, 3), alone)
+    apart = ensemble_variance(guided(x_t, 0.0, 3), 3)
+    torch.testing.assert_close(ensemble_variance(members, 3), apart)
+    each = sampler(
+        gaussian.denoise, x_t, LEVELS,
+        roi_guide(squared_error, eta, 0.0, None, members=3, gradient="x0"),
+    )  # fmt: skip
+    assert not torch.allclose(ensemble_variance(each, 3), apart, rtol=0.05)
+
+
+@pytest.mark.parametrize("eta", [0.05, 1e6])
+def test_full_gradient_of_the_mean_is_that_of_its_loss_in_each_members_x_t(eta, x_t, matrix):
+    def denoise(x_t, alpha_bar_t):
+        return torch.tanh(x_t.flatten(1) @ matrix.T).reshape_as(x_t)
+
+    guide = roi_guide(squared_error, eta, 0.0, None, members=3, gradient="full", of_mean=True)
+    _, correction = estimate(denoise, x_t, guide)
+    by_hand = x_t.clone().requires_grad_()
+    losses = squared_error(denoise(by_hand, None).reshape(2, 3, 1, 3, 4).mean(1))
+    (gradient,) = torch.autograd.grad(losses.sum(), by_hand)
+    square = gradient.reshape(2, -1).square().sum(1)
+    factor = torch.minimum(eta / (square / (3 * VOXELS)).sqrt(), losses.detach() / square)
+    expected = factor.repeat_interleave(3).reshape(6, 1, 1, 1) * gradient
+    torch.testing.assert_close(correction, expected)
+
+
+# The normalised gradient.
+
+
 def test_normalised_gradients_have_unit_rms_and_their_direction(x_t):
     gradient = x_t * torch.logspace(-30, 30, 6, dtype=x_t.dtype).reshape(6, 1, 1, 1)
     for dtype in (torch.float32, torch.float64):  # squares of 1e-30 and 1e30 leave float32
-        torch.testing.assert_close(normalise_rms(gradient.to(dtype)), unit(x_t).to(dtype))
+        direction, size = normalise_rms(gradient.to(dtype))
+        torch.testing.assert_close(direction, unit(x_t).to(dtype))
+        expected = rms(x_t) * torch.logspace(-30, 30, 6, dtype=x_t.dtype)
+        torch.testing.assert_close(size, expected.to(dtype))
 
 
 def test_members_share_one_scale(x_t):
     x_t[0] *= 100
-    normalised = normalise_rms(x_t, members=3).reshape(2, -1)
+    normalised, size = normalise_rms(x_t, members=3)
+    normalised = normalised.reshape(2, -1)
+    torch.testing.assert_close(size, x_t.reshape(2, -1).square().mean(1).sqrt())
     torch.testing.assert_close(normalised.square().mean(1), torch.ones(2, dtype=x_t.dtype))
     torch.testing.assert_close(
         normalised[0] / x_t[:3].flatten(), (1 / x_t[:3].square().mean().sqrt()).expand(3 * VOXELS)
@@ -248,19 +425,52 @@ def test_members_share_one_scale(x_t):
 
 def test_a_zero_gradient_stays_zero(x_t):
     x_t[1] = 0
-    normalised = normalise_rms(x_t)
-    assert (normalised[1] == 0).all()
+    normalised, size = normalise_rms(x_t)
+    assert (normalised[1] == 0).all() and size[1] == 0
     assert normalised.isfinite().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_leaves_its_own_sample_unguided_and_says_so(value, x_t):
-    expected = normalise_rms(x_t)
+def test_a_gradient_that_is_not_finite_is_none_in_its_own_sample(value, x_t):
+    expected, _ = normalise_rms(x_t)
     x_t[1, 0, 0, 0] = value
-    with pytest.warns(RuntimeWarning, match="not finite"):
-        normalised = normalise_rms(x_t)
-    assert (normalised[1] == 0).all()
+    normalised, size = normalise_rms(x_t)
+    assert (normalised[1] == 0).all() and size[1] == math.inf
     torch.testing.assert_close(normalised[[0, 2, 3, 4, 5]], expected[[0, 2, 3, 4, 5]])
+
+
+def steep_at_zero(x0_hat):
+    """A loss whose slope at 0 is infinite."""
+    return x0_hat.abs().sqrt().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("of_mean, unguided", [(False, [1]), (True, [0, 1, 2])])
+def test_what_has_no_finite_slope_goes_unguided_alone_and_is_told_after_the_walk(
+    of_mean, unguided, x_t
+):
+    guide = roi_guide(
+        steep_at_zero, 0.1, 0.0, None, members=3, gradient="x0", of_mean=of_mean
+    )  # fmt: skip
+    x_t[1] = 0
+    if of_mean:
+        x_t[2] = -x_t[0]  # so the mean of the first case is 0
+    correction = guide(x_t, 0.5, x_t)
+    guided = [i for i in range(6) if i not in unguided]
+    assert (correction[unguided] == 0).all() and (correction[guided] != 0).any((1, 2, 3)).all()
+    with pytest.warns(RuntimeWarning, match="not finite: its case was left unguided in that step"):
+        guide.warn_of_refused()
+
+
+def test_a_walk_with_finite_slopes_warns_of_nothing_and_one_warning_is_not_repeated(x_t, recwarn):
+    guide = roi_guide(steep_at_zero, 0.1, 0.05, None, members=3, gradient="x0")
+    guide(x_t, 0.5, x_t)
+    guide.warn_of_refused()
+    assert not recwarn
+    guide(x_t, 0.5, torch.zeros_like(x_t))
+    guide.warn_of_refused()
+    guide(x_t, 0.5, x_t)
+    guide.warn_of_refused()
+    assert len(recwarn) == 1
 
 
 def test_a_loss_gradient_far_below_half_precision_survives_a_half_precision_denoiser(x_t):
@@ -268,29 +478,24 @@ def test_a_loss_gradient_far_below_half_precision_survives_a_half_precision_deno
     x_t = x_t.float().requires_grad_()
     x0_hat = (x_t.half() * 0.5).float()
     slope = loss_gradient(lambda x: 1e-12 * squared_error(x), x0_hat, x_t)
-    torch.testing.assert_close(slope, unit(x0_hat - 0.7).detach(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(slope.direction, unit(x0_hat - 0.7).detach(), rtol=2e-3, atol=2e-3)
+    expected = rms(x0_hat.detach() - 0.7)  # half the way of x0_hat, which is half of x_t's
+    torch.testing.assert_close(slope.reach, expected, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("noise, expected", [(0.8, "early"), (0.5, "whole"), (0.2, "whole")])
 def test_the_early_loss_guides_above_its_level_and_the_whole_one_from_there_on(
     noise, expected, x_t
 ):
-    losses = {"whole": squared_error, "early": lambda x: x.flatten(1).sum(1)}
+    losses = {"whole": squared_error, "early": mean_above}
     guide = roi_guide(
-        losses["whole"], 1.0, 0.0, None, gradient="x0",
+        losses["whole"], 0.1, 0.0, None, gradient="x0",
         early_loss=losses["early"], early_until=0.5,
     )  # fmt: skip
-    got = guide(x_t, levels_like(x_t, 1 - noise), x_t)
-    alone = roi_guide(losses[expected], 1.0, 0.0, None, gradient="x0")
-    torch.testing.assert_close(got, alone(x_t, levels_like(x_t, 1 - noise), x_t))
-
-
-def test_each_case_has_the_loss_of_its_own_level(x_t):
-    guide = roi_guide(
-        squared_error, 1.0, 0.0, None, gradient="x0",
-        early_loss=lambda x: x.flatten(1).sum(1), early_until=0.5,
-    )  # fmt: skip
-    levels = torch.tensor([0.1, 0.9] * 3, dtype=torch.float64)
-    got = guide(x_t, levels, x_t)
-    torch.testing.assert_close(got[::2], torch.ones_like(got[::2]))
-    torch.testing.assert_close(got[1::2], unit(x_t - 0.7)[1::2])
+    alone = {
+        name: roi_guide(loss, 0.1, 0.0, None, gradient="x0")(x_t, noise, x_t)
+        for name, loss in losses.items()
+    }
+    torch.testing.assert_close(guide(x_t, noise, x_t), alone[expected])
+    torch.testing.assert_close(alone["early"], torch.full_like(x_t, 0.1))
+    torch.testing.assert_close(alone["whole"], 0.1 * unit(x_t - 0.7))

@@ -74,8 +74,18 @@ def test_a_walk_of_impossible_length_is_refused(steps):
 
 
 def test_a_walk_joins_neighbours_and_ends_clean(x_T):
-    pairs = [(now.tolist(), after.tolist()) for now, after in walk(torch.tensor([0.0, 0.5]), x_T)]
-    assert pairs == [([0.0] * 3, [0.5] * 3), ([0.5] * 3, [1.0] * 3)]
+    steps = [
+        (noise_level, now.tolist(), after.tolist())
+        for noise_level, now, after in walk(torch.tensor([0.0, 0.25]), x_T)
+    ]
+    assert steps == [(1.0, [0.0] * 3, [0.25] * 3), (0.75, [0.25] * 3, [1.0] * 3)]
+
+
+def test_the_levels_of_a_walk_are_in_the_precision_and_on_the_device_of_the_noise(x_T):
+    for noise_level, now, after in walk(torch.tensor([0.1, 0.5]), x_T):
+        assert isinstance(noise_level, float)
+        assert (now.dtype, after.dtype) == (x_T.dtype, x_T.dtype)
+        assert (now.device, after.device) == (x_T.device, x_T.device)
 
 
 @pytest.mark.parametrize("levels", [[0.9, 0.1], [0.5, 0.5], [0.5, 1.0], [-0.1, 0.5]])

@@ -53,8 +53,8 @@ def test_every_method_trains_a_step_and_fuses(option, phantoms):
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o not in NOT_FUSING])
 def test_every_method_returns_the_mean_of_its_ensemble_and_leaves_the_batch_alone(option, phantoms):
     method, batch, untouched = phantoms.method(option).eval(), phantoms.batch(), phantoms.batch()
-    members = method.ensemble(batch)
-    assert members.shape[1:] == batch.mri.shape
+    members, (draws,) = method.ensemble(batch), method.model_draws(batch)
+    assert members.shape[1:] == batch.mri.shape and torch.equal(draws, members)
     torch.testing.assert_close(method.fuse(batch), members.mean(0).clamp(-1, 1))
     assert torch.equal(batch.mri, untouched.mri) and torch.equal(batch.ct, untouched.ct)
     assert torch.equal(batch.roi, untouched.roi)
@@ -144,12 +144,13 @@ class Brightest(FusionMethod):
 def test_a_new_method_needs_nothing_but_fuse(phantoms):
     method, batch = Brightest(), phantoms.batch()
     assert not method.is_trainable and method.steps == 0
-    for members in (
-        method.ensemble(batch),
+    assert torch.equal(method.ensemble(batch), method.fuse(batch)[None])
+    for draws in (
+        method.model_draws(batch),
         method.test_step(batch, 0),
         method.validation_step(batch, 0),
     ):
-        assert torch.equal(members, method.fuse(batch)[None])
+        assert torch.equal(draws, method.fuse(batch)[None, None])
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
     )

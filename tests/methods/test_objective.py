@@ -20,7 +20,7 @@ def batch(phantoms):
 
 
 def parts(batch):
-    return batch.mri, batch.ct, batch.roi
+    return batch.mri, batch.ct, batch.roi, batch.spacing_mm, batch.lesion_distance_mm
 
 
 def test_the_loss_of_a_case_is_equation_2_on_what_it_is_given(batch):
@@ -30,7 +30,7 @@ def test_the_loss_of_a_case_is_equation_2_on_what_it_is_given(batch):
         fused, batch.mri, batch.ct, batch.brain, batch.bone, batch.spacing_mm,
         probability, batch.lesion, batch.lesion_distance_mm,
     )  # fmt: skip
-    got = roi_loss(loss, fused, batch, *parts(batch), BrightIsLesion())
+    got = roi_loss(loss, fused, *parts(batch), BrightIsLesion())
     torch.testing.assert_close(got, terms.total)
     lesion = terms.dice + terms.nsd + 0.5 * terms.hd95
     torch.testing.assert_close(got, terms.brain + 1.2 * terms.bone + 3 * lesion)
@@ -38,10 +38,32 @@ def test_the_loss_of_a_case_is_equation_2_on_what_it_is_given(batch):
 
 def test_gamma_weighs_nothing_without_a_lesion_head_and_something_with_one(batch):
     def total(gamma, head):
-        return roi_loss(ClinicalRoiLoss(gamma=gamma), batch.mri, batch, *parts(batch), head).item()
+        return roi_loss(ClinicalRoiLoss(gamma=gamma), batch.mri, *parts(batch), head).item()
 
     assert total(0.0, None) == total(3.0, None)
     assert total(3.0, BrightIsLesion()) > total(0.0, BrightIsLesion()) + 0.1
+
+
+def test_a_head_that_gamma_does_not_weigh_is_not_asked(batch):
+    class Unasked(torch.nn.Module):
+        def forward(self, fused):
+            raise AssertionError("the lesion head was asked")
+
+    off, on = ClinicalRoiLoss(gamma=0.0), ClinicalRoiLoss(gamma=1.0)
+    without = roi_loss(off, batch.mri, *parts(batch), None)
+    assert torch.equal(roi_loss(off, batch.mri, *parts(batch), Unasked()), without)
+    with pytest.raises(AssertionError, match="was asked"):
+        roi_loss(on, batch.mri, *parts(batch), Unasked())
+
+
+def test_the_spacing_may_be_plain_numbers(batch):
+    mri, ct, roi, spacing_mm, distance_mm = parts(batch)
+    numbers = spacing_mm[0].tolist()
+    loss = ClinicalRoiLoss()
+    torch.testing.assert_close(
+        roi_loss(loss, 0.5 * mri, mri, ct, roi, numbers, distance_mm, BrightIsLesion()),
+        roi_loss(loss, 0.5 * mri, mri, ct, roi, spacing_mm, distance_mm, BrightIsLesion()),
+    )
 
 
 def test_training_compares_with_the_clean_registered_pair_and_not_with_the_moved_scan(batch):

@@ -205,8 +205,13 @@ def test_intervals_and_calibrated_spread_are_judged_in_the_true_masks_by_the_pla
     placed = batch.roi.roll(2, -2)
     calibration = Calibration(
         level=0.9,
-        std_scale={"brain": 2.0, "bone": 3.0, "tissue": 0.5, "air": 0.5},
-        quantile={"brain": 1.0, "bone": 4.0, "tissue": 2.0, "air": 2.0},
+        curve={
+            "brain": [[1.0], [2.0]],
+            "bone": [[1.0], [3.0]],
+            "tissue": [[1.0], [0.5]],
+            "air": [[1.0], [0.5]],
+        },
+        quantile={"brain": 0.5, "bone": 4 / 3, "tissue": 4.0, "air": 4.0},
         temperature=2.0,
         case_ids=["other"],
         misregistration_mm=2.0,
