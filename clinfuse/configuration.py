@@ -192,9 +192,24 @@ def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
         raise ValueError(
             f"expected the weights of {cfg.method_name}, got others ({reason}): {path}"
         ) from error
-    for draw in read_draws(path.parent) if hasattr(method, "add_draw") else []:
-        method.add_draw(draw)
+    add_draws(method, path.parent)
     return method.eval()
+
+
+def add_draws(method: Any, folder: Path) -> None:
+    """Give a method the model draws kept in a folder of checkpoints, where it can have some.
+
+    Raises:
+        ValueError: weights that cannot be read, or of another architecture.
+    """
+    for draw in read_draws(folder) if hasattr(method, "add_draw") else []:
+        try:
+            method.add_draw(draw)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(
+                f"expected model draws of this run, got others ({reason}): {folder}"
+            ) from error
 
 
 def with_other_guidance(saved: DictConfig, cfg: DictConfig) -> DictConfig:

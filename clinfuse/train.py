@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from clinfuse.callbacks.calibration import CalibrationFit, read_calibration
 from clinfuse.callbacks.loggers import all_of
-from clinfuse.callbacks.model_draws import read_draws
 from clinfuse.callbacks.recorder import CaseRecorder
 from clinfuse.configuration import (
     CONFIG_PATH,
+    add_draws,
     build_method,
     checkpoint_of,
     in_one_sentence,
@@ -67,9 +67,7 @@ def main(cfg: DictConfig) -> float | None:
     if method.is_trainable:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     objective = trainer.callback_metrics.get(cfg.objective_metric)
-    if hasattr(method, "add_draw"):
-        for draw in read_draws(folder / "checkpoints"):
-            method.add_draw(draw)
+    add_draws(method, folder / "checkpoints")
     calibration = calibrated(cfg, method, data, folder)
     if cfg.test:
         for recorder in (c for c in trainer.callbacks if isinstance(c, CaseRecorder)):

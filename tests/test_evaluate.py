@@ -217,8 +217,8 @@ def refusal(phantoms, folder, capsys, *overrides):
         (["method=average", "data=studies", "data.root=HEADS", "lesion_head=/no/such/head"],
          "a lesion head .a run of .* found no folder at /no/such/head"),
     ],
-    ids=["nothing", "no_run", "misspelt", "untrained", "untrained_method", "mask", "mask_without_head",
-         "data", "head"],
+    ids=["nothing", "no_run", "misspelt", "untrained", "untrained_method", "mask",
+         "mask_without_head", "data", "head"],
 )  # fmt: skip
 def test_what_cannot_be_scored_is_refused_in_a_sentence(
     overrides, words, phantoms, tmp_path, capsys

@@ -41,7 +41,7 @@ class ModelDraws(Callback):
 
     def _due(self, trainer: Trainer, pl_module: Any) -> list[tuple[int, int, tuple[str, ...]]]:
         """Draw, stage and names of the weights whose time is this epoch's end."""
-        per_epoch = max(int(trainer.estimated_stepping_batches) // (trainer.max_epochs or 1), 1)
+        per_epoch = max(int(trainer.num_training_batches) // trainer.accumulate_grad_batches, 1)
         due = []
         for stage, (start, end, prefixes) in enumerate(getattr(pl_module, "draw_stages", ())):
             for draw, fraction in enumerate(self.fractions):

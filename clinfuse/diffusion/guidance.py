@@ -186,7 +186,7 @@ class Slope:
         direction: the gradient with unit root mean square in each sample, or group of members; 0
             where it is 0 or not finite.
         reach: the Polyak step of each group, loss / |gradient|^2, in units of ``direction``.
-        is_finite: whether the gradient of each sample is.
+        is_finite: whether the loss and the gradient of each sample are.
     """
 
     direction: Float[Tensor, "b c *dhw"]
@@ -231,7 +231,7 @@ def loss_gradient(
     size = direction[0].numel() * members
     value = value.detach().reshape(len(rms), -1).sum(1)
     reach = (value / (rms * size)).nan_to_num(nan=0, posinf=torch.inf, neginf=0).clamp(min=0)
-    is_finite = rms.isfinite().repeat_interleave(members)
+    is_finite = (rms.isfinite() & value.isfinite()).repeat_interleave(members)
     return Slope(direction, reach, is_finite)
 
 

@@ -381,7 +381,7 @@ def guiding_sources(
 ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Bool[Tensor, "b r *dhw"]]:
     """The MRI, CT and masks that F is guided to: as the anchor prepares them, but for two things.
 
-    A CT that the registration would move by no more than ``tolerance_mm`` is taken as it was given,
+    A CT that the registration would move by less than ``tolerance_mm`` is taken as it was given,
     with its bone mask. And bone ends where the brain begins: the brain mask is the
     MRI's own, and where a bone mask that was moved reaches into it, it is wrong.
     """
@@ -390,7 +390,8 @@ def guiding_sources(
         motion, brain = anchor.registration.motion, batch.brain.to(ct.dtype)
         still = torch.eye(motion.shape[-1]).to(motion).expand_as(motion)
         wanted_mm = registration_error_mm(motion, still, brain, batch.spacing_mm)
-        is_still = (wanted_mm <= tolerance_mm).reshape(-1, *[1] * (ct.ndim - 1))
+        is_still = (wanted_mm < tolerance_mm) & brain.flatten(1).any(1)
+        is_still = is_still.reshape(-1, *[1] * (ct.ndim - 1))
         ct, roi = torch.where(is_still, batch.ct, ct), torch.where(is_still, batch.roi, roi)
     brain, bone, lesion = roi.split(1, 1)
     return mri, ct, torch.cat([brain, bone & ~brain, lesion], 1)

@@ -311,7 +311,8 @@ def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(t
 def test_the_reliability_diagram_of_a_training_run_reaches_wandb(tmp_path, data, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    curve, quantile = dict.fromkeys(REGIONS, [[1.0], [1.0]]), dict.fromkeys(REGIONS, 1.0)
+    curve = {region: [[1.0], [1.0]] for region in REGIONS}
+    quantile = dict.fromkeys(REGIONS, 1.0)
     calibration = Calibration(0.9, curve, quantile, None, ["case_002"], 2.0)
     report = RunReport(
         tmp_path, preset="stroke", seed=3, method="curious", calibration=calibration, pictures=0

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -194,9 +195,9 @@ def test_more_weight_on_a_region_brings_it_nearer_to_what_it_is_guided_to(phanto
     found = [distances(phantoms, knob, weight) for weight in (0.0, 0.5, 1.0, 2.0, 4.0)]
     for measure in range(2):
         own = [float(of[knob][measure]) for of in found]
-        assert all(more < less - 1e-6 for less, more in zip(own, own[1:], strict=False)), own
+        assert all(more < less - 1e-6 for less, more in pairwise(own)), own
     elsewhere = [float(of["alpha" if knob == "beta" else "beta"][0]) for of in found]
-    assert all(less < more for less, more in zip(elsewhere, elsewhere[1:], strict=False))
+    assert all(less < more for less, more in pairwise(elsewhere))
 
 
 def test_guided_members_keep_the_spread_between_them_where_their_mean_is_guided(phantoms, head):
