@@ -22,10 +22,14 @@ def roi_loss(
     """L_ROI of Eq. 2 for each case, against the sources and masks given, in full precision.
 
     The lesion terms need a lesion head; without one gamma has nothing to weigh and they are 0. With
-    gamma 0 the head is not asked.
+    gamma 0 the head is not asked. It is asked about the brain and the lesion alone, and may change
+    F there alone: what it takes for a lesion in the skull is no reason to change the skull.
     """
     brain, bone, lesion = roi.split(1, 1)
-    probability = None if lesion_head is None or loss.gamma == 0 else lesion_head(fused)
+    probability = None
+    if lesion_head is not None and loss.gamma != 0:
+        asked = brain | lesion
+        probability = lesion_head(torch.where(asked, fused, fused.detach())) * asked
     with torch.autocast(fused.device.type, enabled=False):
         terms = loss(
             fused.float(),

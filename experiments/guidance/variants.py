@@ -30,7 +30,7 @@ from clinfuse.functional.psnr import psnr
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import NO_SURFACE_MM, dice, hd95, nsd, signed_distance_mm
 from clinfuse.losses.roi import ClinicalRoiLoss
-from clinfuse.metrics.regional import brightness
+from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
 from clinfuse.metrics.suite import case_metrics
 
 INF = float("inf")
@@ -49,7 +49,7 @@ def few_metrics(fused, batch, probability, _spread):
     """What each term of Eq. 2 is about, without the metrics that take their time."""
     mri, ct, roi = batch.truth()
     brain, bone, lesion = roi.split(1, 1)
-    bright, spacing_mm, found = brightness(fused), batch.spacing_mm, probability > 0.5
+    bright, spacing_mm, found = brightness(fused), batch.spacing_mm, probability > LESION_THRESHOLD
     rows = (
         ("brain", "ssim", ssim(bright, brightness(mri), brain, spacing_mm)),
         ("bone", "psnr", psnr(fused, ct, bone)),
@@ -103,7 +103,7 @@ def main(run, lesion_head, out, deterministic=None, amplitudes=(0.0, 0.5, 1.0, 2
             draws.mean(0).clamp(-1, 1),
             draws.clamp(-1, 1).std(0, correction=len(draws) > 1),
         )
-        full = case_metrics if name in (*ENDS, "deterministic_unet") else few_metrics
+        full = case_metrics if name in ("default", "deterministic_unet") else few_metrics
         spread = spread if len(draws) > 2 else None
         for roi, metric, value in full(fused, batch, head(fused), spread)[0]:
             writer.writerow([batch.case_id[0], amplitude, source, name, roi, metric, value])
