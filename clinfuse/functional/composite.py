@@ -10,7 +10,7 @@ from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.functional.intensity import CtMap, ct_from_model, piecewise_linear
 from clinfuse.functional.spacing import SpacingMm, shared_spacing
 
-FINDING_DISPLAY = ((20.0, -1.0), (45.0, 0.5), (60.0, 0.8), (100.0, 0.95), (300.0, 1.0))
+FINDING_DISPLAY = ((30.0, -1.0), (45.0, 0.5), (60.0, 0.8), (100.0, 0.95), (300.0, 1.0))
 """(HU, model value): brightness of CT-dense findings on the MRI, blood under calcium; brain beside
 them is not shown at all. Where the surroundings are bright themselves the sign is turned."""
 
@@ -97,7 +97,7 @@ def shown_findings(
     others = (~findings if brain is None else brain & ~findings).to(mri)
     sigma = [AROUND_MM / 2 / size for size in shared_spacing(spacing_mm)]
     seen, total = (gaussian_smooth(v, sigma) for v in (others, others * mri))
-    around = total / seen.clamp(min=1e-3)
+    around = torch.where(seen > 1e-3, total / seen.clamp(min=1e-3), -1.0)  # nothing around: bright
     dark = torch.zeros_like(findings)
     for case in range(len(mri)):
         parts, count = label(findings[case, 0].cpu().numpy(), np.ones((3,) * (mri.ndim - 2)))

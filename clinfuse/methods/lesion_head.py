@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning import LightningModule
-from monai.losses import DiceLoss
+from monai.losses import DiceCELoss
 from monai.transforms import RandCropByPosNegLabel
 from torch import Tensor, nn
 
@@ -22,10 +22,6 @@ from clinfuse.types import FusionBatch
 CLEAN_SHARE = 0.25
 """Share of the training draws that are the reference as it is: what a finished F is like."""
 
-
-SMALLEST_FOR_DICE = 60
-"""Lesion voxels in a batch below which its overlap teaches nothing: with a few voxels Dice is 0 or
-1 by chance, and half of a stroke cohort's lesions are so small. Cross-entropy sees them all."""
 
 EXPECTED_SHARE = 0.05
 """Share of a patch's voxels that are lesion, before any is seen. From one half, the first thing a
@@ -63,7 +59,7 @@ class LesionHead(LightningModule):
         max_noise: float = 0.3,
         max_blur_mm: float = 3.0,
         patch_shape: Sequence[int] = (16, 48, 48),
-        patches: int = 1,
+        patches: int = 4,
         warmup_steps: int = 50,
         multiple: int = 8,
         seed: int = 0,
@@ -78,8 +74,7 @@ class LesionHead(LightningModule):
             tuple(patch_shape), pos=2, neg=1, num_samples=patches, allow_smaller=True,
             image_threshold=-0.95,
         )  # fmt: skip
-        self.cross_entropy = nn.BCEWithLogitsLoss()
-        self.dice_loss = DiceLoss(sigmoid=True, batch=True)
+        self.objective = DiceCELoss(sigmoid=True, batch=True)
 
     is_trainable = True
 
@@ -110,10 +105,7 @@ class LesionHead(LightningModule):
             for patch in self.cropped(torch.cat([volume, lesion]), label=lesion, image=head)
         ]
         shown, lesion = torch.stack(patches).split(1, 1)
-        logits = self._logits(shown)
-        loss = self.cross_entropy(logits, lesion)
-        if lesion.sum() >= SMALLEST_FOR_DICE:
-            loss = loss + self.dice_loss(logits, lesion)
+        loss = self.objective(self._logits(shown), lesion)
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         return loss
 

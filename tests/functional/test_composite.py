@@ -73,6 +73,22 @@ def test_a_finding_never_darkens_a_bright_mri():
     torch.testing.assert_close(composite(ct, mri, ~findings, findings, spacing_mm=SPACING_MM), mri)
 
 
+def test_among_bright_tissue_findings_are_dark_each_by_its_own_surroundings():
+    mri = torch.full((1, 1, 2, 48, 96), -0.4)  # the left half is like white matter in T1,
+    mri[..., 48:] = 0.6  # the right one like CSF in T2
+    ct_hu = torch.full(mri.shape, 35.0)
+    findings = torch.zeros(mri.shape, dtype=torch.bool)
+    left, right = (..., slice(20, 28), slice(20, 28)), (..., slice(20, 28), slice(72, 80))
+    calcium = (..., slice(36, 40), slice(72, 80))
+    for place, hu in ((left, 70.0), (right, 70.0), (calcium, 300.0)):
+        findings[place], ct_hu[place] = True, hu
+    none = torch.zeros_like(findings)
+    fused = composite(ct_to_model(ct_hu), mri, none, findings, spacing_mm=SPACING_MM)
+    assert (fused[left] > 0.5).all()
+    assert (fused[right] < -0.5).all()
+    assert (fused[calcium] < fused[right].min()).all()  # denser is further from what is around it
+
+
 def test_denser_findings_are_brighter():
     ct_hu = torch.tensor([30.0, 50.0, 75.0, 100.0, 200.0, 300.0]).reshape(1, 1, 1, 1, 6)
     shown = finding_display(ct_to_model(ct_hu)).flatten()

@@ -29,7 +29,8 @@ def test_it_learns_to_see_the_lesion_it_is_shown(head, phantoms):
     batch = phantoms.batch(0.0, case=7)
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
     head.log = lambda *_, **__: None  # there is no trainer to log to
-    for _ in range(40):
+    head.max_blur_mm = head.max_noise = 0.0
+    for _ in range(60):
         optimizer.zero_grad()
         head.training_step(batch, 0).backward()
         optimizer.step()
@@ -58,3 +59,22 @@ def test_a_step_draws_the_same_noise_whenever_it_is_taken(head, phantoms):
     once = head.training_step(batch, 0)
     torch.randn(100)  # whatever else has been drawn
     assert torch.equal(head.training_step(batch, 0), once)
+
+
+def test_a_frozen_head_stays_as_it_is_evaluated_whatever_it_is_part_of(head):
+    head.train()
+    assert head.training
+    torch.nn.ModuleList([head.requires_grad_(False)]).train()
+    assert not head.training
+
+
+def test_it_learns_from_references_and_from_what_estimates_are_like(head, phantoms):
+    batch, shown = phantoms.batch(case=7), []
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        shown.append(head._like_an_estimate(batch.reference, batch.spacing_mm, draw))
+    clean = [torch.equal(fused, batch.reference) for fused in shown]
+    assert 1 <= sum(clean) <= 10  # a quarter of them
+    apart = torch.stack([(fused - batch.reference).std() for fused in shown])
+    assert apart.max() > 5 * apart[apart > 0].min()  # a little and a lot
+    assert all(fused.abs().max() <= 1 for fused in shown)

@@ -25,7 +25,7 @@ def parts(batch):
 
 def test_the_loss_of_a_case_is_equation_2_on_what_it_is_given(batch):
     fused, loss = 0.5 * batch.mri, ClinicalRoiLoss(1.0, 1.2, 3.0)
-    probability = BrightIsLesion()(fused)
+    probability = BrightIsLesion()(fused) * (batch.brain | batch.lesion)
     terms = loss(
         fused, batch.mri, batch.ct, batch.brain, batch.bone, batch.spacing_mm,
         probability, batch.lesion, batch.lesion_distance_mm,
@@ -42,6 +42,25 @@ def test_gamma_weighs_nothing_without_a_lesion_head_and_something_with_one(batch
 
     assert total(0.0, None) == total(3.0, None)
     assert total(3.0, BrightIsLesion()) > total(0.0, BrightIsLesion()) + 0.1
+
+
+def test_the_lesion_terms_change_the_brain_and_the_lesion_alone(batch):
+    class Everywhere(torch.nn.Module):
+        def forward(self, fused):  # each voxel's answer depends on all of its neighbours
+            return torch.sigmoid(torch.nn.functional.avg_pool3d(8 * fused, 3, 1, 1))
+
+    mri, ct, roi, spacing_mm, distance_mm = parts(batch)
+    elsewhere = torch.zeros_like(roi)
+    elsewhere[:, 2, :2] = True  # a lesion outside the brain: of the skull
+    for masks in (roi, roi | elsewhere):
+        fused = (0.5 * mri).requires_grad_()
+        lesion_only = ClinicalRoiLoss(alpha=0.0, beta=0.0, gamma=1.0)
+        roi_loss(
+            lesion_only, fused, mri, ct, masks, spacing_mm, distance_mm, Everywhere()
+        ).backward()
+        asked = masks[:, 0:1] | masks[:, 2:3]
+        assert (fused.grad[~asked] == 0).all()
+        assert fused.grad[masks[:, 2:3]].abs().max() > 0
 
 
 def test_a_head_that_gamma_does_not_weigh_is_not_asked(batch):
