@@ -111,7 +111,7 @@ class RegisteredBlend(nn.Module):
             if self.denoisers is not None:
                 mri = self.denoisers.mri(mri).clamp(-1, 1)
                 ct = self.denoisers.ct(ct).clamp(-1, 1)
-            findings = dense_findings(ct, batch)
+            findings = dense_findings(ct, bone > 0.5, batch)
             mri = with_findings(mri, ct, findings, batch)
         roi = torch.cat([brain, bone, lesion], 1)
         out = self.network(None, self.network.encode(mri, ct, roi, known)).float()
@@ -152,7 +152,7 @@ class RegisteredBlend(nn.Module):
 
 
 def dense_findings(
-    ct: Float[Tensor, "b 1 *dhw"], batch: FusionBatch
+    ct: Float[Tensor, "b 1 *dhw"], bone: Bool[Tensor, "b 1 *dhw"], batch: FusionBatch
 ) -> Bool[Tensor, "b 1 *dhw"] | None:
     """The haemorrhages and calcifications that a registered CT shows in the brain; None for none.
 
@@ -162,6 +162,8 @@ def dense_findings(
 
     Args:
         ct: registered, and better without noise.
+        bone: the CT's own mask, moved with it: where a CT is not registered after all its skull
+            lies in the brain, and is no calcification.
         batch: for its brain mask, voxel size and the units of its CT.
     """
     if ct.ndim != 5:
@@ -170,7 +172,8 @@ def dense_findings(
     for case, ct_map in enumerate(batch.ct_map):
         if ct_map != "window_8bit":
             ct_hu = ct_from_model(ct[case, 0].float(), ct_map).cpu().numpy()
-            brain, spacing_mm = batch.brain[case, 0].cpu().numpy(), batch.spacing_mm[case].tolist()
+            brain = (batch.brain & ~bone)[case, 0].cpu().numpy()
+            spacing_mm = batch.spacing_mm[case].tolist()
             found[case, 0] = torch.from_numpy(ct_dense_findings(ct_hu, brain, spacing_mm))
     return found if found.any() else None
 

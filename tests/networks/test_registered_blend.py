@@ -1,11 +1,18 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from clinfuse.functional.gaussian import gaussian_smooth
+from clinfuse.functional.intensity import ct_to_model
 from clinfuse.networks.fusion_unet import FusionUNet
-from clinfuse.networks.registered_blend import NoAnchor, RegisteredBlend, lost_in_moving
+from clinfuse.networks.registered_blend import (
+    NoAnchor,
+    RegisteredBlend,
+    dense_findings,
+    lost_in_moving,
+)
 from clinfuse.networks.rigid_registration import Registration, SynthesisRegistration, move
 from clinfuse.networks.source_denoiser import SourceDenoisers
 
@@ -25,7 +32,7 @@ def knowing(motion):
 
 @pytest.mark.parametrize("registration", [None, registration()], ids=["as_it_lies", "registered"])
 def test_an_untrained_blend_is_the_mask_composite_of_the_registered_sources(phantoms, registration):
-    batch = phantoms.batch(2.0)
+    batch = replace(phantoms.batch(2.0), ct_map=())  # in no known units: no findings
     with torch.no_grad():
         anchor = RegisteredBlend(NETWORK, registration)(batch)
     bone = anchor.roi[:, 1:2]
@@ -110,6 +117,7 @@ def test_the_scale_starts_larger_where_moving_took_from_the_bone(phantoms):
 
 def test_the_blend_is_of_the_denoised_sources_where_they_belong(phantoms):
     batch, denoisers = phantoms.batch(2.0), SourceDenoisers(3, features=8, blocks=1)
+    batch = replace(batch, ct_map=())  # in no known units: no findings
     as_given = RegisteredBlend(NETWORK, None, denoisers)(batch)
     assert torch.equal(as_given.mri, batch.mri) and torch.equal(as_given.ct, batch.ct)  # untrained
     with torch.no_grad():
@@ -149,3 +157,38 @@ def test_without_an_anchor_the_mean_is_zero_and_the_scale_one(phantoms):
     assert torch.equal(anchor.mri, batch.mri) and torch.equal(anchor.ct, batch.ct)
     assert torch.equal(anchor.roi.bool(), batch.roi)
     assert not list(NoAnchor().parameters())
+
+
+def headful(hu_inside, like):
+    """A CT of soft tissue with a block of another density deep in it, and a brain around that."""
+    ct_hu, brain = torch.full(like.shape, 35.0), torch.zeros(like.shape, dtype=torch.bool)
+    block = torch.zeros_like(brain)
+    brain[..., 2:-2, 2:-2, 2:-2] = True
+    block[..., 6:10, 13:19, 13:19] = True
+    ct_hu[block] = hu_inside
+    return ct_to_model(ct_hu), brain, block
+
+
+def test_what_only_the_ct_shows_in_the_brain_is_shown_on_the_mean(phantoms):
+    batch = phantoms.batch(0.0)
+    ct, brain, block = headful(70.0, batch.ct)
+    roi = torch.cat([brain, torch.zeros_like(brain), torch.zeros_like(brain)], 1)
+    mri = torch.full_like(ct, -0.3)
+    batch = replace(batch, mri=mri, ct=ct, roi=roi, ct_map=["piecewise"])
+    with torch.no_grad():
+        shown = RegisteredBlend(NETWORK, None)(batch)
+        in_a_window = RegisteredBlend(NETWORK, None)(replace(batch, ct_map=["window_8bit"]))
+    inner = block & (dense_findings(ct, roi[:, 1:2], batch))
+    assert inner.sum() > 0.5 * block.sum()
+    assert (shown.mean[inner] > 0.5).all() and (shown.mri[inner] > 0.5).all()
+    far = brain & ~torch.nn.functional.max_pool3d(block.float(), 5, 1, 2).bool()
+    torch.testing.assert_close(shown.mean[far], mri[far], atol=1e-3, rtol=0)
+    torch.testing.assert_close(in_a_window.mean[brain], mri[brain], atol=1e-3, rtol=0)
+
+
+def test_a_skull_that_lies_in_the_brain_is_no_finding(phantoms):
+    batch = phantoms.batch(0.0)
+    ct, brain, block = headful(900.0, batch.ct)
+    batch = replace(batch, roi=torch.cat([brain, block, block], 1), ct_map=["piecewise"])
+    assert dense_findings(ct, block, batch) is None
+    assert dense_findings(ct, torch.zeros_like(block), batch).any()
