@@ -3,6 +3,7 @@
 Only the entry points import this; past them nobody sees a configuration.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -13,7 +14,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +186,8 @@ def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
         raise ValueError(
             f"expected a readable checkpoint, got {type(error).__name__}: {path}"
         ) from error
-    try:
+    with expecting(f"the weights of {cfg.method_name}", path):
         method.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"expected the weights of {cfg.method_name}, got others ({reason}): {path}"
-        ) from error
     add_draws(method, path.parent)
     return method.eval()
 
@@ -203,13 +199,22 @@ def add_draws(method: Any, folder: Path) -> None:
         ValueError: weights that cannot be read, or of another architecture.
     """
     for draw in read_draws(folder) if hasattr(method, "add_draw") else []:
-        try:
+        with expecting("model draws of this run", folder):
             method.add_draw(draw)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ValueError(
-                f"expected model draws of this run, got others ({reason}): {folder}"
-            ) from error
+
+
+@contextlib.contextmanager
+def expecting(weights: str, path: Path) -> Iterator[None]:
+    """Loading weights, of which torch says in many lines that they are of another network.
+
+    Raises:
+        ValueError: the same in one sentence.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"expected {weights}, got others ({reason}): {path}") from error
 
 
 def with_other_guidance(saved: DictConfig, cfg: DictConfig) -> DictConfig:

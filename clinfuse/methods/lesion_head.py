@@ -16,6 +16,7 @@ from clinfuse.functional.spacing import shared_spacing
 from clinfuse.functional.surface import dice
 from clinfuse.methods.base import Optim, Stage, staged_optimizer, step_generator
 from clinfuse.methods.objective import reference_of
+from clinfuse.networks.fusion_unet import crop, pad_to_multiple
 from clinfuse.networks.precision import with_safe_convolutions
 from clinfuse.types import FusionBatch
 
@@ -87,11 +88,8 @@ class LesionHead(LightningModule):
         return self._logits(fused).sigmoid()
 
     def _logits(self, fused: Tensor) -> Tensor:
-        shape = fused.shape[2:]
-        missing = [-size % self.multiple for size in shape]
-        sides = [side for amount in reversed(missing) for side in (0, amount)]
-        padded = nn.functional.pad(fused, sides, mode="replicate") if any(missing) else fused
-        return self.network(padded).float()[(..., *(slice(0, size) for size in shape))]
+        logits = self.network(pad_to_multiple(fused, self.multiple)).float()
+        return crop(logits, fused.shape[2:])
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
         generator = step_generator(self.global_step, self.seed)

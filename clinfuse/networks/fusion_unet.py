@@ -208,9 +208,15 @@ def noise_angle(alpha_bar_t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     return torch.arccos(alpha_bar_t.clamp(0, 1).sqrt()) * (2000 / torch.pi)
 
 
-def pad_to_multiple(volume: Tensor, multiple: int) -> Tensor:
-    """The volume with its last voxels repeated until every axis is a multiple of ``multiple``."""
-    missing = [-size % multiple for size in volume.shape[2:]]
+def pad_to_multiple(volume: Tensor, multiple: int | Sequence[int]) -> Tensor:
+    """The volume with its last voxels repeated until every axis is a multiple of ``multiple``.
+
+    Args:
+        volume: ``b c *dhw``.
+        multiple: one for all axes, or one each.
+    """
+    each = [multiple] * (volume.ndim - 2) if isinstance(multiple, int) else multiple
+    missing = [-size % k for size, k in zip(volume.shape[2:], each, strict=True)]
     if not any(missing):
         return volume
     padding = [side for amount in reversed(missing) for side in (0, amount)]

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigComponent
 from torch import Tensor, nn
-from torch.nn import functional
+
+from clinfuse.networks.fusion_unet import crop, pad_to_multiple
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +104,8 @@ class FrozenLesionHead(nn.Module):
         back = [there.index(axis) for axis in range(fused.ndim)]
         flips = [2 + axis for axis in self.flips]
         turned = channels.permute(there).flip(flips)
-        logits = _first(self.network(_padded(turned, self.multiple)))
-        for axis, size in enumerate(turned.shape[2:], start=2):
-            logits = logits.narrow(axis, 0, size)
+        logits = _first(self.network(pad_to_multiple(turned, self.multiple)))
+        logits = crop(logits, turned.shape[2:])
         return self._probability(logits.float()).flip(flips).permute(back)
 
     def _probability(self, logits: Tensor) -> Tensor:
@@ -233,14 +233,6 @@ def _in_unit_range(fused: Tensor) -> Tensor:
 
 def _unchanged(fused: Tensor) -> Tensor:
     return fused
-
-
-def _padded(volume: Tensor, multiple: Sequence[int]) -> Tensor:
-    missing = [-size % k for size, k in zip(volume.shape[2:], multiple, strict=True)]
-    if not any(missing):
-        return volume
-    sides = [side for amount in reversed(missing) for side in (0, amount)]
-    return functional.pad(volume, sides, mode="replicate")
 
 
 def _first(output: Any) -> Tensor:

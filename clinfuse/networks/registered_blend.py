@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from clinfuse.functional.composite import shown_findings
+from clinfuse.functional.composite import feathered, shown_findings
 from clinfuse.functional.intensity import ct_from_model, leaky_clamp
 from clinfuse.networks.fusion_unet import FusionUNet
 from clinfuse.networks.rigid_registration import (
@@ -119,7 +119,8 @@ class RegisteredBlend(nn.Module):
         prior = self.bone_logit * (2 * bone - 1 - 2 * brain)
         weight = torch.sigmoid(weight_logit + prior)
         mean = leaky_clamp(weight * ct + (1 - weight) * mri + correction)
-        mean = with_findings(mean, ct, findings, batch)
+        if findings is not None:  # as the MRI shows them by now, whatever the blend made of them
+            mean = torch.lerp(mean, mri, feathered(findings, batch.spacing_mm).to(mean))
         expected = self._expected_error(weight, mri, ct, lost, batch).detach()
         scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
         return Anchor(mean, scale, mri, ct, roi, weight, found)
