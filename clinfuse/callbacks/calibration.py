@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from clinfuse.callbacks.recorder import summarise
+from clinfuse.callbacks.recorder import summary_of
 from clinfuse.methods.base import FusionMethod
 from clinfuse.metrics.calibration import Calibration, CalibrationSample
 from clinfuse.reporting.atomic import write_atomically
@@ -40,7 +40,8 @@ class CalibrationFit(Callback):
     ) -> None:
         if outputs is None or batch.reference is None:
             return
-        fused, spread = summarise(outputs)
+        summary = summary_of(outputs)
+        fused, spread = summary.mean, summary.std
         if spread is None:
             return
         assert isinstance(pl_module, FusionMethod)

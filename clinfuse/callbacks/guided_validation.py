@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from clinfuse.callbacks.recorder import case_view, summarise
+from clinfuse.callbacks.recorder import case_view, summary_of
 from clinfuse.metrics.regional import CaseMean, RegionalPSNR, RegionalSSIM
 from clinfuse.reporting.figures import case_figure, figure_png
 from clinfuse.types import FusionBatch
@@ -51,7 +51,8 @@ class GuidedValidation(Callback):
     ) -> None:
         if outputs is None:  # no fusion: the lesion head
             return
-        fused, spread = summarise(outputs)
+        summary = summary_of(outputs)
+        fused, spread = summary.mean, summary.std
         if not fused.isfinite().all():  # a NaN would pass for an undefined score
             raise ValueError(
                 f"expected a finite fused volume, got NaN or inf in {batch.case_id[0]}"

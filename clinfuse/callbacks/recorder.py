@@ -297,15 +297,12 @@ class Summary:
     aleatoric: Float[Tensor, "b 1 *dhw"] | None
 
 
-def summary_of(
-    draws: Float[Tensor, "m k b 1 d h w"] | Float[Tensor, "k b 1 d h w"],
-) -> Summary:
+def summary_of(draws: Float[Tensor, "m k b 1 *dhw"]) -> Summary:
     """Mean over all draws, and their standard deviation in its two parts (``total_variance``).
 
-    Without an axis of models there is one. A draw may leave model space by its noise. As an image
-    it is clamped; clamped before their mean is taken, though, all draws would move air up.
+    A draw may leave model space by its noise. As an image it is clamped; clamped before their mean
+    is taken, though, all draws would move air up.
     """
-    draws = draws[None] if draws.ndim == 6 else draws
     models, members = draws.shape[:2]
     _, epistemic, aleatoric = total_variance(draws.clamp(-1, 1))
     return Summary(
@@ -314,11 +311,3 @@ def summary_of(
         epistemic=epistemic.sqrt() if models > 1 else None,
         aleatoric=aleatoric.sqrt() if members > 1 else None,
     )
-
-
-def summarise(
-    draws: Float[Tensor, "m k b 1 d h w"] | Float[Tensor, "k b 1 d h w"],
-) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"] | None]:
-    """Mean and standard deviation of ``summary_of``: None for one draw."""
-    summary = summary_of(draws)
-    return summary.mean, summary.std

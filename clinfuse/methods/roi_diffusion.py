@@ -213,11 +213,12 @@ class RoiDiffusion(FusionMethod):
             weights: names and values as in ``state_dict``; what is missing is as it is here.
         """
         anchor, prefix = copy.deepcopy(self.anchor), "anchor."
-        named = {name.removeprefix(prefix): w for name, w in weights.items() if prefix in name}
+        named = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         anchor.load_state_dict(anchor.state_dict() | named)
         self.other_anchors.append(anchor.to(self.device).eval())
 
     def sample(self, batch: FusionBatch, anchor: Anchor) -> Float[Tensor, "k b 1 *dhw"]:
+        """``ensemble`` from an anchor that is there already."""
         k = self.members
         with torch.no_grad():
             condition = self._encode(anchor).repeat(k)
@@ -259,9 +260,7 @@ class RoiDiffusion(FusionMethod):
 
         mri, ct, roi = guiding_sources(batch, anchor, settings.tolerance_mm)
         seen = 1 if settings.of_mean else self.members
-        spacing_mm = shared_spacing(
-            batch.spacing_mm
-        )  # read once: in the loop it would be waited for
+        spacing_mm = shared_spacing(batch.spacing_mm)  # here: a loss that read it would wait
         distance_mm = batch.lesion_distance_mm
         if distance_mm is not None:
             distance_mm = repeated(distance_mm, seen)
@@ -271,8 +270,9 @@ class RoiDiffusion(FusionMethod):
 
         def loss(x0_hat: Tensor, lesion_head: nn.Module | None) -> Tensor:
             fused = mean + scale * x0_hat
-            weighed = self.guidance_loss
-            return roi_loss(weighed, fused, mri, ct, roi, spacing_mm, distance_mm, lesion_head)
+            return roi_loss(
+                self.guidance_loss, fused, mri, ct, roi, spacing_mm, distance_mm, lesion_head
+            )
 
         return roi_guide(
             partial(loss, lesion_head=self.lesion_head),

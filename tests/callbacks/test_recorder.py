@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
-from clinfuse.callbacks.recorder import CaseRecorder, RunReport, case_view, summarise
+from clinfuse.callbacks.recorder import CaseRecorder, RunReport, case_view, summary_of
 from clinfuse.functional.psnr import psnr
 from clinfuse.functional.surface import dice, signed_distance_mm
 from clinfuse.methods.base import FusionMethod
@@ -269,12 +269,13 @@ def test_a_view_shows_sources_as_given_and_masks_as_they_truly_are(phantoms):
 
 def test_a_summary_is_mean_and_standard_deviation_and_one_draw_has_no_spread():
     draws = torch.randn(5, 2, 1, 3, 4, 5)
-    mean, spread = summarise(draws)
+    summary = summary_of(draws[None])
+    mean, spread = summary.mean, summary.std
     torch.testing.assert_close(mean, (draws.sum(0) / 5).clamp(-1, 1))
     images = draws.clamp(-1, 1)  # a draw may leave model space
     apart = (images - images.mean(0)).square().sum(0) / 4
     torch.testing.assert_close(spread, apart.sqrt())
-    assert summarise(draws[:1])[1] is None
+    assert summary_of(draws[None, :1]).std is None
 
 
 def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(tmp_path, data):
