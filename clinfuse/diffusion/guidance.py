@@ -5,7 +5,7 @@ caller's. The samplers call ``guided_estimate`` and subtract the correction it r
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,6 +21,9 @@ from clinfuse.diffusion.ensemble import (
     normalised_uncertainty,
 )
 from clinfuse.types import Denoiser
+
+Loss = Callable[[Tensor], Tensor | Sequence[Tensor]]
+"""Maps x0_hat to one loss a sample, or one a group of members, or to the parts of such a loss."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Guide:
         """Say, after a walk, whether some samples went unguided in some steps."""
         if self.refused and torch.stack(self.refused).any():
             warnings.warn(
-                "a guidance gradient was not finite: its case was left unguided in that step",
+                "a guidance gradient was not finite: its case was not guided by it in that step",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -70,7 +73,7 @@ class Guide:
 
 
 def roi_guide(
-    loss: Callable[[Tensor], Tensor],
+    loss: Loss,
     eta: float,
     eta_u: float,
     kappa: float | None,
@@ -79,9 +82,10 @@ def roi_guide(
     start: float = 1.0,
     end: float = 0.0,
     reference_std: float = 0.1,
-    early_loss: Callable[[Tensor], Tensor] | None = None,
+    early_loss: Loss | None = None,
     early_until: float = 1.0,
     of_mean: bool = False,
+    weights: Sequence[float] = (1.0,),
 ) -> Guide:
     """The guide of Alg. 1 line 10: eta_eff * grad L_ROI + eta_u * grad U.
 
@@ -92,9 +96,14 @@ def roi_guide(
     (Polyak 1987): of a squared error that is half of the way. So an eta too large is
     a waste and no danger, and what has arrived is not shaken by steps of a fixed length.
 
+    A loss may come in parts, whose sum it is. At x0_hat each part then has its own unit gradient
+    and its own bound, and the steps are added: bone that has arrived stays, however far the lesion
+    has to go. Through the denoiser, where each part would cost a backward pass, their sum is
+    followed.
+
     Args:
-        loss: maps x0_hat to one loss a case, 0 at best; a method that diffuses a residual turns
-            x0_hat into F here. Must be differentiable, and treat cases apart.
+        loss: maps x0_hat to one loss a case, or the parts of one, 0 at best; a method that diffuses
+            a residual turns x0_hat into F here. Must be differentiable, and treat cases apart.
         eta: strength of the loss; 0 leaves it out.
         eta_u: strength of the pull towards low spread; without effect on a single member.
         kappa: how strongly spread raises eta (Eq. 4, which halves eta where there is no spread);
@@ -113,6 +122,9 @@ def roi_guide(
         of_mean: whether the loss is that of the members' mean, the predictive mean on its way:
             ``loss`` then sees one x0_hat a case, and at x0 all members take the same step,
             so that they keep the spread between them. False guides each by itself.
+        weights: w of each part at x0_hat, of which what is normalised sees nothing by itself: its
+            step is eta w long and ends at 2 w / (1 + w) of its reach, the whole way at w = 1 and
+            more or less of it as w is more or less.
     """
     if gradient not in ("full", "x0"):
         raise ValueError(f"expected gradient 'full' or 'x0', got {gradient!r}")
@@ -121,22 +133,28 @@ def roi_guide(
     group = members if of_mean else 1
     refused: list[Tensor] = []
 
-    def loss_at(noise_level: float) -> Callable[[Tensor], Tensor]:
+    def loss_at(noise_level: float) -> Loss:
         chosen = loss if early_loss is None or noise_level <= early_until else early_loss
         return (lambda x0_hat: chosen(ensemble_mean(x0_hat, members))) if of_mean else chosen
 
     def correction(x_t: Tensor, noise_level: float, x0_hat: Tensor) -> Tensor:
         towards_x_t = x_t if gradient == "full" else None
         total = torch.zeros_like(x_t)
+        pulls: tuple[float, ...]
         if use_spread:
             slope = loss_gradient(spread, x0_hat, towards_x_t, members, retain_graph=eta != 0)
             total = total + slope.step(eta_u)
             refused.append(~slope.is_finite)
         if eta != 0:
-            slope = loss_gradient(loss_at(noise_level), x0_hat, towards_x_t, group)
+            followed = loss_at(noise_level)
             strength = _voxelwise_eta(kappa, x0_hat, members, reference_std)
-            total = total + strength * slope.step(eta)
-            refused.append(~slope.is_finite)
+            if gradient == "full":
+                slopes, pulls = [loss_gradient(followed, x0_hat, x_t, group)], (1.0,)
+            else:
+                slopes, pulls = part_gradients(followed, x0_hat, group), tuple(weights)
+            for slope, pull in zip(slopes, pulls, strict=True):
+                total = total + strength * slope.step(eta * pull, 2 * pull / (1 + pull))
+                refused.append(~slope.is_finite)
         return total
 
     needs_graph = gradient == "full" and (eta != 0 or use_spread)
@@ -193,16 +211,22 @@ class Slope:
     reach: Float[Tensor, " g"]
     is_finite: Bool[Tensor, " b"]
 
-    def step(self, length: float) -> Float[Tensor, "b c *dhw"]:
-        """The direction times a length, which the reach bounds."""
-        bounded = self.reach.clamp(max=length)
+    def step(self, length: float, relaxation: float = 1.0) -> Float[Tensor, "b c *dhw"]:
+        """The direction times a length, which the reach bounds.
+
+        Args:
+            length: what is asked for.
+            relaxation: how much of the reach may be walked; below 2 the steps towards the least of
+                a convex loss still converge.
+        """
+        bounded = (relaxation * self.reach).clamp(max=length)
         bounded = bounded.repeat_interleave(len(self.direction) // len(bounded))
         return bounded.reshape(-1, *[1] * (self.direction.ndim - 1)) * self.direction
 
 
 @torch.enable_grad()
 def loss_gradient(
-    loss: Callable[[Tensor], Tensor],
+    loss: Loss,
     x0_hat: Float[Tensor, "b c *dhw"],
     x_t: Float[Tensor, "b c *dhw"] | None = None,
     members: int = 1,
@@ -214,20 +238,48 @@ def loss_gradient(
     what walks it is of order 1, which half precision does not round to 0.
 
     Args:
-        loss: maps x0_hat to one loss a sample, or one a group of members: each its own.
+        loss: each sample's, or group's, own. Parts are summed.
         x0_hat: the estimate; with its graph back to x_t, if x_t is given.
         x_t: what x0_hat was computed from; None stops at x0_hat.
         members: how many neighbours in the batch share one root mean square.
         retain_graph: keep the graph of x0_hat for another call.
     """
     leaf = x0_hat.detach().requires_grad_()
-    value = loss(leaf)
+    value = torch.stack(_parts(loss(leaf))).sum(0)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
     direction, rms = normalise_rms(gradient, members)
     if x_t is not None:
         (gradient,) = torch.autograd.grad(x0_hat, x_t, direction, retain_graph=retain_graph)
         direction, further = normalise_rms(gradient, members)
         rms = rms * further
+    return _slope(value, direction, rms, members)
+
+
+@torch.enable_grad()
+def part_gradients(loss: Loss, x0_hat: Float[Tensor, "b c *dhw"], members: int = 1) -> list[Slope]:
+    """``loss_gradient`` at x0_hat for each part of the loss by itself.
+
+    A part that does not depend on x0_hat, as the lesion's without a head, is flat.
+
+    Raises:
+        RuntimeError: if none does.
+    """
+    leaf = x0_hat.detach().requires_grad_()
+    parts = _parts(loss(leaf))
+    slopes = []
+    for part in parts:
+        gradient = torch.zeros_like(leaf)
+        if part.requires_grad or not any(other.requires_grad for other in parts):
+            (gradient,) = torch.autograd.grad(part.sum(), leaf, retain_graph=len(parts) > 1)
+        slopes.append(_slope(part, *normalise_rms(gradient, members), members))
+    return slopes
+
+
+def _parts(loss: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (loss,) if isinstance(loss, Tensor) else tuple(loss)
+
+
+def _slope(value: Tensor, direction: Tensor, rms: Tensor, members: int) -> Slope:
     size = direction[0].numel() * members
     value = value.detach().reshape(len(rms), -1).sum(1)
     reach = (value / (rms * size)).nan_to_num(nan=0, posinf=torch.inf, neginf=0).clamp(min=0)

@@ -18,11 +18,13 @@ from clinfuse.types import DATA_RANGE, ROI_NAMES
 class RoiLossTerms:
     """Eq. 2 for each case, whole and in parts.
 
-    The parts are unweighted. Where a case lacks the region a part speaks of, the part is 0 and so
-    is its gradient; ``defined`` says so, in ``ROI_NAMES`` order.
+    ``by_region`` is what ``total`` sums, weights and fidelity included; the parts after it are
+    unweighted. Where a case lacks the region a part speaks of, the part is 0 and so is its
+    gradient; ``defined`` says so. Both are in ``ROI_NAMES`` order.
     """
 
     total: Float[Tensor, " b"]
+    by_region: tuple[Float[Tensor, " b"], ...]
     brain: Float[Tensor, " b"]
     bone: Float[Tensor, " b"]
     dice: Float[Tensor, " b"]
@@ -92,6 +94,11 @@ class ClinicalRoiLoss(nn.Module):
         self.lambdas, self.fidelity = tuple(lambdas), tuple(fidelity)
         self.tau_mm, self.sigma_mm = tau_mm, sigma_mm
 
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Alpha, beta and gamma, in ``ROI_NAMES`` order."""
+        return self.alpha, self.beta, self.gamma
+
     def forward(
         self,
         fused: Float[Tensor, "b 1 *dhw"],
@@ -135,12 +142,14 @@ class ClinicalRoiLoss(nn.Module):
                 )
         told = torch.zeros_like(brain) if lesion_probability is None or lesion is None else lesion
         lesion_term = sum(w * t for w, t in zip(self.lambdas, (dice, nsd, hd95), strict=True))
-        fidelity_term = self.fidelity[0] * fidelity_brain + self.fidelity[1] * fidelity_bone
+        by_region = (
+            self.alpha * like_mri + self.fidelity[0] * fidelity_brain,
+            self.beta * like_ct + self.fidelity[1] * fidelity_bone,
+            self.gamma * lesion_term,
+        )
         return RoiLossTerms(
-            total=self.alpha * like_mri
-            + self.beta * like_ct
-            + self.gamma * lesion_term
-            + fidelity_term,
+            total=sum(by_region[1:], by_region[0]),
+            by_region=by_region,
             brain=like_mri,
             bone=like_ct,
             dice=dice,

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from clinfuse.functional.spacing import SpacingMm
-from clinfuse.losses.roi import ClinicalRoiLoss
+from clinfuse.losses.roi import ClinicalRoiLoss, RoiLossTerms
 from clinfuse.types import FusionBatch
 
 
@@ -18,7 +18,7 @@ def roi_loss(
     spacing_mm: SpacingMm,
     lesion_distance_mm: Float[Tensor, "b 1 *dhw"] | None = None,
     lesion_head: nn.Module | None = None,
-) -> Float[Tensor, " b"]:
+) -> RoiLossTerms:
     """L_ROI of Eq. 2 for each case, against the sources and masks given, in full precision.
 
     The lesion terms need a lesion head; without one gamma has nothing to weigh and they are 0. With
@@ -31,7 +31,7 @@ def roi_loss(
         asked = brain | lesion
         probability = lesion_head(torch.where(asked, fused, fused.detach())) * asked
     with torch.autocast(fused.device.type, enabled=False):
-        terms = loss(
+        terms: RoiLossTerms = loss(
             fused.float(),
             mri,
             ct,
@@ -42,7 +42,7 @@ def roi_loss(
             lesion,
             lesion_distance_mm,
         )
-    return terms.total
+    return terms
 
 
 def clean_roi_loss(
@@ -56,8 +56,8 @@ def clean_roi_loss(
     The paper writes I_M and I_C; in training the CT is moved on purpose, and comparing with the
     moved one would teach the network to leave bone where it does not belong.
     """
-    clean = clean_pair_of(batch)
-    return roi_loss(loss, fused, *clean, batch.spacing_mm, batch.lesion_distance_mm, lesion_head)
+    known = (*clean_pair_of(batch), batch.spacing_mm, batch.lesion_distance_mm)
+    return roi_loss(loss, fused, *known, lesion_head).total
 
 
 def reference_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:

@@ -457,7 +457,9 @@ def test_what_has_no_finite_slope_goes_unguided_alone_and_is_told_after_the_walk
     correction = guide(x_t, 0.5, x_t)
     guided = [i for i in range(6) if i not in unguided]
     assert (correction[unguided] == 0).all() and (correction[guided] != 0).any((1, 2, 3)).all()
-    with pytest.warns(RuntimeWarning, match="not finite: its case was left unguided in that step"):
+    with pytest.warns(
+        RuntimeWarning, match="not finite: its case was not guided by it in that step"
+    ):
         guide.warn_of_refused()
 
 
@@ -481,6 +483,61 @@ def test_a_loss_gradient_far_below_half_precision_survives_a_half_precision_deno
     torch.testing.assert_close(slope.direction, unit(x0_hat - 0.7).detach(), rtol=2e-3, atol=2e-3)
     expected = rms(x0_hat.detach() - 0.7)  # half the way of x0_hat, which is half of x_t's
     torch.testing.assert_close(slope.reach, expected, rtol=2e-3, atol=0)
+
+
+# A loss in parts.
+
+
+def in_two_parts(x0_hat):
+    """Two columns of the volume: one that has nearly arrived, and one that weighs much more."""
+    near, far = x0_hat[..., :2] - x0_hat[..., :2].detach() + 0.01, x0_hat[..., 2:] - 0.7
+    return tuple(
+        weight * 0.5 * part.square().flatten(1).sum(1) for weight, part in ((1, near), (100, far))
+    )
+
+
+def test_each_part_of_a_loss_steps_by_itself_and_only_as_far_as_it_has_to_go(x_t):
+    guide = roi_guide(in_two_parts, 0.4, 0.0, None, gradient="x0", weights=(1.0, 0.25))
+    correction = guide(x_t, 0.5, x_t)
+    torch.testing.assert_close(correction[..., :2], torch.full_like(x_t[..., :2], 0.01 / 2))
+    away = torch.zeros_like(x_t)
+    away[..., 2:] = x_t[..., 2:] - 0.7
+    torch.testing.assert_close(correction[..., 2:], 0.1 * unit(away)[..., 2:])
+
+
+@pytest.mark.parametrize("weight, of_the_way", [(0.0, 0.0), (0.25, 0.2), (1.0, 0.5), (4.0, 0.8)])
+def test_the_more_a_part_weighs_the_further_it_goes_where_eta_does_not_bound_it(
+    x_t, weight, of_the_way
+):
+    guide = roi_guide(
+        lambda x: (squared_error(x),), 1e6, 0.0, None, gradient="x0", weights=(weight,)
+    )
+    torch.testing.assert_close(guide(x_t, 0.5, x_t), of_the_way * (x_t - 0.7))
+
+
+def test_through_the_denoiser_the_parts_are_followed_as_their_sum(x_t, linear_denoiser):
+    def whole(x0_hat):
+        return sum(in_two_parts(x0_hat))
+
+    (_, in_parts), (_, summed) = (
+        estimate(linear_denoiser, x_t, roi_guide(loss, 0.4, 0.0, None, weights=weights))
+        for loss, weights in ((in_two_parts, (1.0, 0.25)), (whole, (1.0,)))
+    )
+    torch.testing.assert_close(in_parts, summed)
+    assert in_parts.abs().max() > 0.1
+
+
+def test_a_part_that_does_not_read_the_estimate_is_flat_and_the_others_are_not(x_t):
+    def with_a_constant(x0_hat):
+        return squared_error(x0_hat), x0_hat.new_ones(len(x0_hat))
+
+    guide = roi_guide(with_a_constant, 0.1, 0.0, None, gradient="x0", weights=(1.0, 1.0))
+    torch.testing.assert_close(guide(x_t, 0.5, x_t), 0.1 * unit(x_t - 0.7))
+    nothing = roi_guide(
+        lambda x: (x.new_ones(6), x.new_ones(6)), 0.1, 0.0, None, gradient="x0", weights=(1.0, 1.0)
+    )
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        nothing(x_t, 0.5, x_t)
 
 
 @pytest.mark.parametrize("noise, expected", [(0.8, "early"), (0.5, "whole"), (0.2, "whole")])

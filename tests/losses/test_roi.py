@@ -51,6 +51,7 @@ def test_the_total_is_equation_2_with_its_weights():
     paper = 1.5 * terms.brain + 0.5 * terms.bone + 3 * lesion_term
     fidelity = 7 * terms.fidelity_brain + 11 * terms.fidelity_bone
     torch.testing.assert_close(terms.total, paper + fidelity)
+    assert torch.equal(sum(terms.by_region), terms.total)
 
 
 def test_brain_and_bone_terms_agree_with_scikit_image_on_whole_images():

@@ -30,7 +30,7 @@ def test_the_loss_of_a_case_is_equation_2_on_what_it_is_given(batch):
         fused, batch.mri, batch.ct, batch.brain, batch.bone, batch.spacing_mm,
         probability, batch.lesion, batch.lesion_distance_mm,
     )  # fmt: skip
-    got = roi_loss(loss, fused, *parts(batch), BrightIsLesion())
+    got = roi_loss(loss, fused, *parts(batch), BrightIsLesion()).total
     torch.testing.assert_close(got, terms.total)
     lesion = terms.dice + terms.nsd + 0.5 * terms.hd95
     torch.testing.assert_close(got, terms.brain + 1.2 * terms.bone + 3 * lesion)
@@ -38,7 +38,7 @@ def test_the_loss_of_a_case_is_equation_2_on_what_it_is_given(batch):
 
 def test_gamma_weighs_nothing_without_a_lesion_head_and_something_with_one(batch):
     def total(gamma, head):
-        return roi_loss(ClinicalRoiLoss(gamma=gamma), batch.mri, *parts(batch), head).item()
+        return roi_loss(ClinicalRoiLoss(gamma=gamma), batch.mri, *parts(batch), head).total.item()
 
     assert total(0.0, None) == total(3.0, None)
     assert total(3.0, BrightIsLesion()) > total(0.0, BrightIsLesion()) + 0.1
@@ -57,7 +57,7 @@ def test_the_lesion_terms_change_the_brain_and_the_lesion_alone(batch):
         lesion_only = ClinicalRoiLoss(alpha=0.0, beta=0.0, gamma=1.0)
         roi_loss(
             lesion_only, fused, mri, ct, masks, spacing_mm, distance_mm, Everywhere()
-        ).backward()
+        ).total.backward()
         asked = masks[:, 0:1] | masks[:, 2:3]
         assert (fused.grad[~asked] == 0).all()
         assert fused.grad[masks[:, 2:3]].abs().max() > 0
@@ -69,8 +69,8 @@ def test_a_head_that_gamma_does_not_weigh_is_not_asked(batch):
             raise AssertionError("the lesion head was asked")
 
     off, on = ClinicalRoiLoss(gamma=0.0), ClinicalRoiLoss(gamma=1.0)
-    without = roi_loss(off, batch.mri, *parts(batch), None)
-    assert torch.equal(roi_loss(off, batch.mri, *parts(batch), Unasked()), without)
+    without = roi_loss(off, batch.mri, *parts(batch), None).total
+    assert torch.equal(roi_loss(off, batch.mri, *parts(batch), Unasked()).total, without)
     with pytest.raises(AssertionError, match="was asked"):
         roi_loss(on, batch.mri, *parts(batch), Unasked())
 
@@ -80,8 +80,8 @@ def test_the_spacing_may_be_plain_numbers(batch):
     numbers = spacing_mm[0].tolist()
     loss = ClinicalRoiLoss()
     torch.testing.assert_close(
-        roi_loss(loss, 0.5 * mri, mri, ct, roi, numbers, distance_mm, BrightIsLesion()),
-        roi_loss(loss, 0.5 * mri, mri, ct, roi, spacing_mm, distance_mm, BrightIsLesion()),
+        roi_loss(loss, 0.5 * mri, mri, ct, roi, numbers, distance_mm, BrightIsLesion()).total,
+        roi_loss(loss, 0.5 * mri, mri, ct, roi, spacing_mm, distance_mm, BrightIsLesion()).total,
     )
 
 

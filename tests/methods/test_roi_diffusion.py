@@ -112,6 +112,8 @@ KNOBS = {
 def sample_with(phantoms):
     """Samples one model, its lesion head included, under guidance with some knobs turned."""
     method = phantoms.method("clinfuse", members=3).eval()
+    # Untrained, the anchor's bone is the CT's, and by region would have nothing left to gain.
+    anchors = {"full": method.anchor, "x0": Between()}
     method.lesion_head = phantoms.method("lesion_head").requires_grad_(False).eval()
     batch, known = phantoms.batch(2.0, case=7), {}
 
@@ -130,6 +132,7 @@ def sample_with(phantoms):
                 method.guidance, gradient=gradient, of_mean=of_mean, **strengths
             )
             method.guidance_loss = ClinicalRoiLoss(**weights)
+            method.anchor = anchors[gradient]
             known[key] = method.ensemble(batch)
         return known[key]
 
@@ -150,12 +153,16 @@ def test_kappa_off_is_another_sample_than_kappa_zero(sample_with):
 
 
 class Between(NoAnchor):
-    """An anchor half way between the sources, so that both have something to gain."""
+    """An anchor half way between the sources, so that both have something to gain, or elsewhere."""
+
+    def __init__(self, mean=None):
+        super().__init__()
+        self.mean = mean
 
     def forward(self, batch):
         plain = super().forward(batch)
-        half = (batch.mri + batch.ct) / 2
-        return replace(plain, mean=half, scale=torch.full_like(half, 0.1))
+        mean = (batch.mri + batch.ct) / 2 if self.mean is None else self.mean
+        return replace(plain, mean=mean, scale=torch.full_like(mean, 0.1))
 
 
 class BrightIsLesion(torch.nn.Module):
@@ -197,7 +204,7 @@ def test_more_weight_on_a_region_brings_it_nearer_to_what_it_is_guided_to(phanto
         own = [float(of[knob][measure]) for of in found]
         assert all(more < less - 1e-6 for less, more in pairwise(own)), own
     elsewhere = [float(of["alpha" if knob == "beta" else "beta"][0]) for of in found]
-    assert all(less < more for less, more in pairwise(elsewhere))
+    assert elsewhere == pytest.approx(elsewhere[:1] * 5)  # each region steps by itself
 
 
 def test_guided_members_keep_the_spread_between_them_where_their_mean_is_guided(phantoms, head):
@@ -227,7 +234,7 @@ def test_guidance_lowers_the_loss_that_it_descends(phantoms, gradient):
         method.guidance = replace(method.guidance, eta=eta)
         sources = guiding_sources(batch, anchor, method.guidance.tolerance_mm)
         mean = method.ensemble(batch).mean(0)
-        return roi_loss(method.guidance_loss, mean, *sources, batch.spacing_mm)
+        return roi_loss(method.guidance_loss, mean, *sources, batch.spacing_mm).total
 
     assert loss(0.2) < 0.95 * loss(0.0)
 
@@ -238,8 +245,8 @@ def test_guidance_pulls_towards_the_ct_where_the_anchor_puts_it(phantoms):
             self.saw = (mri, ct, brain, bone)
             return super().forward(fused, mri, ct, brain, bone, *rest)
 
-    method, batch = phantoms.method("clinfuse").eval(), phantoms.batch(4.0)
-    method.guidance_loss = Remembering()
+    method = phantoms.method("clinfuse", "guidance.band=inf").eval()
+    method.guidance_loss, batch = Remembering(), phantoms.batch(4.0)
     method.ensemble(batch)
     anchor = method.anchor(batch)
     assert not torch.allclose(anchor.ct, batch.ct, atol=0.1)  # an untrained guess has moved it
@@ -329,9 +336,45 @@ def test_without_an_anchor_guidance_is_to_the_sources_as_given(pair):
         assert all(is_guided_to(True, case, pair, anchor, sources) for case in range(2))
 
 
+@pytest.mark.parametrize("band", [0.0, 0.5, 2.0])
+def test_a_ct_that_was_moved_pulls_no_further_than_the_band_and_one_given_as_far_as_it_is(
+    pair, band
+):
+    anchor = with_motions(pair, 1.0, -3.0)
+    anchor = replace(anchor, mean=0.5 * pair.ct, scale=(0.1 * pair.mri).abs() + 0.01)
+    _, ct, _ = guiding_sources(pair, anchor, 2.0, band)
+    assert torch.equal(ct[0], pair.ct[0])
+    away = (ct - anchor.mean)[1]
+    wanted, reach = (anchor.ct - anchor.mean)[1], band * anchor.scale[1]
+    within = wanted.abs() <= reach
+    assert (~within).any() and (band == 0 or within.any())
+    torch.testing.assert_close(away[within], wanted[within])
+    torch.testing.assert_close(away[~within], (reach * wanted.sign())[~within])
+
+
+@pytest.mark.parametrize("by_region", [True, False])
+def test_what_brain_has_to_go_lengthens_the_steps_of_bone_only_where_their_sum_is_followed(
+    phantoms, by_region
+):
+    """Bone has nearly arrived, and the brain has far to go."""
+    method = phantoms.method("clinfuse", f"guidance.by_region={by_region}", members=2).eval()
+    batch = phantoms.batch(0.0, case=7)
+    nearly = torch.where(batch.bone, batch.ct + 0.01, -batch.mri)
+    method.anchor = Between(nearly)
+    method.guidance = replace(method.guidance, eta=0.5, eta_u=0.0, kappa=None, gradient="x0")
+    method.guidance_loss = ClinicalRoiLoss(0.0, 1.0, 0.0, fidelity=(0.0, 50.0))
+    alone = method.ensemble(batch).mean(0)
+    method.guidance_loss = ClinicalRoiLoss(1.0, 1.0, 0.0, fidelity=(50.0, 50.0))
+    together = method.ensemble(batch).mean(0)
+    further = (together - alone)[batch.bone].abs().mean()
+    assert further < 1e-6 if by_region else further > 1e-4
+
+
 @pytest.mark.parametrize("tolerance_mm", [0.0, 8.0, float("inf")])
 def test_the_tolerance_of_the_configuration_decides_what_is_guided_to(phantoms, tolerance_mm):
-    method = phantoms.method("clinfuse", f"guidance.tolerance_mm={tolerance_mm}").eval()
+    method = phantoms.method(
+        "clinfuse", f"guidance.tolerance_mm={tolerance_mm}", "guidance.band=inf"
+    ).eval()
     batch, seen = phantoms.batch(4.0), []
     anchor = method.anchor(batch)
     method.guidance_loss.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
@@ -404,7 +447,7 @@ def test_hard_masks_and_any_strength_end_in_finite_numbers(
 
 
 @pytest.mark.parametrize("gradient", ["x0", "full"])
-def test_a_head_whose_gradient_is_no_number_guides_nothing_and_a_warning_says_so(
+def test_a_head_whose_gradient_is_no_number_leaves_its_part_out_and_a_warning_says_so(
     phantoms, gradient
 ):
     class Steep(torch.nn.Module):
@@ -415,7 +458,10 @@ def test_a_head_whose_gradient_is_no_number_guides_nothing_and_a_warning_says_so
     with pytest.warns(RuntimeWarning, match="gradient was not finite") as told:
         refused = sampled(phantoms, *overrides, "guidance.eta=0.2", head=Steep())
     assert len(told) == 1  # of a whole walk, not of each step
-    assert torch.equal(refused, sampled(phantoms, "guidance=off"))
+    without = ("guidance=off",)  # the sum of the regions' losses is no number either
+    if gradient == "x0":
+        without = (*overrides, "guidance.eta=0.2", "guidance.gamma=0.0")
+    assert torch.equal(refused, sampled(phantoms, *without))
 
 
 class Waits(TorchDispatchMode):
