@@ -69,9 +69,6 @@ class Guidance:
             over the brain) for bone to be guided to the CT as it was given all the same. A motion
             below the registration's own error says nothing, and moving the CT costs detail.
             0 always guides to the registered CT, infinity to the CT as given (the paper).
-        band: how far from the anchor's mean, in error scales, a CT that was moved may pull F. The
-            registration errs by some tenths of a millimetre, and the anchor has learned where that
-            shows. Infinity trusts the moved CT.
         by_region: whether brain, bone and lesion each take a step of their own, as long as eta
             times their weight, and each only as far as it has to go; false follows the sum of the
             three, as Eq. 1 does. Through the denoiser it is always the sum.
@@ -87,7 +84,6 @@ class Guidance:
     lesion_start: float = 1.0
     of_mean: bool = True
     tolerance_mm: float = 0.0
-    band: float = math.inf
     by_region: bool = True
 
 
@@ -266,7 +262,7 @@ class RoiDiffusion(FusionMethod):
         if settings.eta == 0 and settings.eta_u == 0:
             return None
 
-        mri, ct, roi = guiding_sources(batch, anchor, settings.tolerance_mm, settings.band)
+        mri, ct, roi = guiding_sources(batch, anchor, settings.tolerance_mm)
         seen = 1 if settings.of_mean else self.members
         spacing_mm = shared_spacing(batch.spacing_mm)  # here: a loss that read it would wait
         distance_mm = batch.lesion_distance_mm
@@ -387,13 +383,12 @@ class RoiDiffusion(FusionMethod):
 
 
 def guiding_sources(
-    batch: FusionBatch, anchor: Anchor, tolerance_mm: float, band: float = math.inf
+    batch: FusionBatch, anchor: Anchor, tolerance_mm: float
 ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Bool[Tensor, "b r *dhw"]]:
-    """The MRI, CT and masks that F is guided to: as the anchor prepares them, but for three things.
+    """The MRI, CT and masks that F is guided to: as the anchor prepares them, but for two things.
 
     A CT that the registration would move by less than ``tolerance_mm`` is taken as it was given,
-    with its bone mask. One that it has moved further pulls no further than ``band`` error scales
-    away from the anchor's mean. And bone ends where the brain begins: the brain mask is the
+    with its bone mask. And bone ends where the brain begins: the brain mask is the
     MRI's own, and where a bone mask that was moved reaches into it, it is wrong.
     """
     mri, ct, roi = anchor.mri, anchor.ct, anchor.roi > 0.5
@@ -403,9 +398,7 @@ def guiding_sources(
         wanted_mm = registration_error_mm(motion, still, brain, batch.spacing_mm)
         is_still = (wanted_mm < tolerance_mm) & brain.flatten(1).any(1)
         is_still = is_still.reshape(-1, *[1] * (ct.ndim - 1))
-        reach = band * anchor.scale
-        moved = torch.clamp(ct, anchor.mean - reach, anchor.mean + reach)
-        ct, roi = torch.where(is_still, batch.ct, moved), torch.where(is_still, batch.roi, roi)
+        ct, roi = torch.where(is_still, batch.ct, ct), torch.where(is_still, batch.roi, roi)
     brain, bone, lesion = roi.split(1, 1)
     return mri, ct, torch.cat([brain, bone & ~brain, lesion], 1)
 

@@ -39,7 +39,7 @@ EQ_2 = {"brain": (1, 0, 0), "bone": (0, 1, 0), "lesion": (0, 0, 1), "all": (1, 1
 
 
 ENDS = ("off", "default")
-PLACES = ("all + fidelity", "CT as given", "CT registered")
+PLACES = ("all + fidelity", "followed as a sum", "CT as given", "CT registered")
 TERMS = ("brain", "bone", "lesion", "all", "all + Eq. 4", "all + grad U")
 SAMPLED = {0.0: (*ENDS, *PLACES, *TERMS), 0.5: ("off", *PLACES), 2.0: (*ENDS, *PLACES)}
 """What is sampled at which misregistration; elsewhere the ends."""
@@ -73,8 +73,12 @@ def variants(own, weights, fidelity):
     rows["all + Eq. 4"] = (*weights, none, replace(plain, kappa=own.kappa))
     rows["all + grad U"] = (*weights, none, replace(plain, eta_u=own.eta_u))
     rows["default"] = (*weights, fidelity, own)
-    rows["CT as given"] = (*weights, fidelity, replace(plain, tolerance_mm=INF))
-    rows["CT registered"] = (*weights, fidelity, replace(plain, tolerance_mm=0.0))
+    for name, change in {
+        "followed as a sum": {"by_region": False},
+        "CT as given": {"tolerance_mm": INF},
+        "CT registered": {"tolerance_mm": 0.0},
+    }.items():
+        rows[name] = (*weights, fidelity, replace(plain, **change))
     return rows
 
 
