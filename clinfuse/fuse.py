@@ -33,6 +33,7 @@ from clinfuse.configuration import (
 from clinfuse.data.paired_volumes import study_item
 from clinfuse.data.studies import STUDY_FILES, Study, load_pair
 from clinfuse.methods.base import FusionMethod
+from clinfuse.methods.objective import lesion_probability
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.views import CaseView
 from clinfuse.types import ROI_NAMES, FusionBatch
@@ -191,7 +192,7 @@ def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
     facts = {"draws": f"{members}" + (f" of each of {models} models" if models > 1 else "")}
     if (head := getattr(method, "lesion_head", None)) is not None:
         with torch.no_grad():
-            probability = head(fused).float()
+            probability = lesion_probability(head, fused, item.brain)
         is_calibrated = calibration is not None and calibration.temperature is not None
         if calibration is not None:
             probability = calibration.probability(probability)

@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from clinfuse.callbacks.recorder import summary_of
 from clinfuse.methods.base import FusionMethod
+from clinfuse.methods.objective import lesion_probability
 from clinfuse.metrics.calibration import Calibration, CalibrationSample
 from clinfuse.reporting.atomic import write_atomically
 from clinfuse.types import FusionBatch
@@ -50,7 +51,7 @@ class CalibrationFit(Callback):
             self.sample.update(case_id, fused[case], batch.reference[case], spread[case], roi[case])
         head = getattr(pl_module, "lesion_head", None)
         if head is not None:
-            probability = head(fused).float()
+            probability = lesion_probability(head, fused, batch.brain)
             for case in range(len(batch)):
                 self.sample.update_lesion(
                     probability[case].detach(), batch.lesion[case], batch.brain[case]

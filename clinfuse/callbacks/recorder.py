@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clinfuse.functional.calibration import total_variance
 from clinfuse.functional.surface import NO_SURFACE_MM, signed_distance_mm
 from clinfuse.methods.base import FusionMethod
+from clinfuse.methods.objective import lesion_probability
 from clinfuse.methods.rules import MaskComposite
 from clinfuse.metrics.calibration import Calibration, Reliability
 from clinfuse.metrics.regional import LESION_THRESHOLD
@@ -135,7 +136,9 @@ class CaseRecorder(Callback):
         amplitude_mm = trainer.datamodule.misregistration_mm[dataloader_idx]  # type: ignore[attr-defined]
         summary = summary_of(outputs)
         fused, spread = summary.mean, summary.std
-        probability = None if self.lesion_head is None else self.lesion_head(fused).float()
+        probability = None
+        if self.lesion_head is not None:
+            probability = lesion_probability(self.lesion_head, fused, batch.brain)
         assert isinstance(pl_module, FusionMethod)
         roi = None if self.calibration is None else pl_module.registered_roi(batch)
         scores = case_metrics(

@@ -1,83 +1,74 @@
 """The lesion head S^(F): learns to see lesions in a fused volume, then is frozen into L_ROI."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from lightning import LightningModule
-from monai.losses import DiceCELoss
-from monai.transforms import RandCropByPosNegLabel
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.functional.spacing import shared_spacing
 from clinfuse.functional.surface import dice
 from clinfuse.methods.base import Optim, Stage, staged_optimizer, step_generator
-from clinfuse.methods.objective import reference_of
-from clinfuse.networks.fusion_unet import crop, pad_to_multiple
-from clinfuse.networks.precision import with_safe_convolutions
+from clinfuse.methods.objective import lesion_probability, reference_of
+from clinfuse.networks.scale_space import ScaleSpaceNetwork
 from clinfuse.types import FusionBatch
 
 CLEAN_SHARE = 0.25
 """Share of the training draws that are the reference as it is: what a finished F is like."""
 
 
-EXPECTED_SHARE = 0.05
-"""Share of a patch's voxels that are lesion, before any is seen. From one half, the first thing a
-network learns is that there is none anywhere, and it takes hundreds of steps to leave that."""
-
-
 class LesionHead(LightningModule):
-    """Lesion probability from a fused volume.
+    """Lesion probability from a fused volume, within the brain.
 
     Trained on references, and on what the estimates x0_hat of a sampler are like: a reference
     blurred (the posterior mean that a denoiser returns while much noise is left) with noise of
     random strength on it. One draw in four is the reference itself. Frozen afterwards
     (``requires_grad_(False)``), it still passes gradients on to its input.
 
-    A step learns from a few patches of a volume, most of them around a lesion: of a whole head a
-    lesion is a thousandth, and a network that finds none is nearly right everywhere.
+    A step learns from voxels of many heads at once: the volume that a step is given is described,
+    some of its voxels replace the oldest in a pool, and the step draws from the pool. Steps on one
+    head each, whose lesion may be one voxel or three thousand, unlearn what the last one taught.
 
     Args:
-        network: maps ``b 1 *dhw`` to one logit a voxel, sizes being multiples of ``multiple``. Its
-            last parameter is the bias of that logit.
+        network: describes voxels, and reads descriptions.
         optimizer: built but for its parameters.
         max_noise: largest standard deviation of the noise, in model space.
         max_blur_mm: largest standard deviation of the blur.
-        patch_shape: (d, h, w) of the patches.
-        patches: drawn from each volume.
+        lesion_voxels: drawn from each volume's lesion, or all of it.
+        brain_voxels: drawn from each volume's brain.
+        pool: volumes whose voxels are learned from at a time.
+        voxels: of the pool that a step learns from.
         warmup_steps: of the learning rate.
-        multiple: what the network's downsampling asks of every axis.
-        seed: of the noise.
+        seed: of the noise, and of what is drawn.
     """
+
+    is_trainable = True
+    within_brain = True
+    """What it says of voxels outside the brain means nothing: it has seen none."""
 
     def __init__(
         self,
-        network: nn.Module,
+        network: ScaleSpaceNetwork,
         optimizer: Optim,
         max_noise: float = 0.3,
         max_blur_mm: float = 3.0,
-        patch_shape: Sequence[int] = (16, 48, 48),
-        patches: int = 4,
+        lesion_voxels: int = 600,
+        brain_voxels: int = 2400,
+        pool: int = 160,
+        voxels: int = 4096,
         warmup_steps: int = 50,
-        multiple: int = 8,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.network = with_safe_convolutions(network)
-        *_, bias = self.network.parameters()
-        nn.init.constant_(bias, math.log(EXPECTED_SHARE))
-        self.optimizer, self.max_noise, self.max_blur_mm = optimizer, max_noise, max_blur_mm
-        self.warmup_steps, self.multiple, self.seed = warmup_steps, multiple, seed
-        self.cropped = RandCropByPosNegLabel(
-            tuple(patch_shape), pos=2, neg=1, num_samples=patches, allow_smaller=True,
-            image_threshold=-0.95,
-        )  # fmt: skip
-        self.objective = DiceCELoss(sigmoid=True, batch=True)
-
-    is_trainable = True
+        self.network, self.optimizer = network, optimizer
+        self.max_noise, self.max_blur_mm = max_noise, max_blur_mm
+        self.lesion_voxels, self.brain_voxels = lesion_voxels, brain_voxels
+        self.pool, self.voxels = pool, voxels
+        self.warmup_steps, self.seed = warmup_steps, seed
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def train(self, mode: bool = True) -> "LesionHead":
         """A frozen head stays as it is evaluated, whatever it is part of."""
@@ -85,27 +76,36 @@ class LesionHead(LightningModule):
 
     def forward(self, fused: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
         """Probability of lesion at every voxel."""
-        return self._logits(fused).sigmoid()
-
-    def _logits(self, fused: Tensor) -> Tensor:
-        logits = self.network(pad_to_multiple(fused, self.multiple)).float()
-        return crop(logits, fused.shape[2:])
+        return self.network(fused).sigmoid()
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
         generator = step_generator(self.global_step, self.seed)
         reference = reference_of(batch)
         fused = self._like_an_estimate(reference, batch.spacing_mm, generator)
-        seed = int(torch.randint(2**31, (), generator=generator))
-        self.cropped.set_random_state(seed)
-        patches = [
-            torch.as_tensor(patch)
-            for volume, lesion, head in zip(fused, batch.lesion, reference, strict=True)
-            for patch in self.cropped(torch.cat([volume, lesion]), label=lesion, image=head)
-        ]
-        shown, lesion = torch.stack(patches).split(1, 1)
-        loss = self.objective(self._logits(shown), lesion)
+        with torch.no_grad():
+            descriptions = self.network.describe(fused)
+        for described, lesion, brain in zip(descriptions, batch.lesion, batch.brain, strict=True):
+            self.seen.append(self._voxels_of(described, lesion[0], brain[0], generator))
+        self.seen = self.seen[-self.pool :]
+        described, lesion = (torch.cat(part) for part in zip(*self.seen, strict=True))
+        drawn = torch.randint(len(lesion), (self.voxels,), generator=generator).to(lesion.device)
+        logits = self.network.read(described[drawn])[:, 0]
+        loss = binary_cross_entropy_with_logits(logits.float(), lesion[drawn])
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         return loss
+
+    def _voxels_of(
+        self, described: Tensor, lesion: Tensor, brain: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Descriptions ``n f`` of some voxels of a volume, and which of them are lesion."""
+        described, lesion = described.flatten(1).T, lesion.flatten()
+        positive, asked = lesion.nonzero()[:, 0], (brain.flatten() | lesion).nonzero()[:, 0]
+        if not len(asked):  # a head whose brain is not known
+            asked = torch.arange(len(lesion), device=lesion.device)
+        order = torch.randperm(len(positive), generator=generator).to(positive.device)
+        some = torch.randint(len(asked), (self.brain_voxels,), generator=generator)
+        chosen = torch.cat([positive[order[: self.lesion_voxels]], asked[some.to(asked.device)]])
+        return described[chosen], lesion[chosen].float()
 
     def _like_an_estimate(
         self, reference: Tensor, spacing_mm: Tensor, generator: torch.Generator
@@ -126,7 +126,7 @@ class LesionHead(LightningModule):
             self._log_dice("test", batch)
 
     def _log_dice(self, stage: str, batch: FusionBatch) -> None:
-        predicted = self(reference_of(batch)) > 0.5
+        predicted = lesion_probability(self, reference_of(batch), batch.brain) > 0.5
         score = dice(predicted, batch.lesion)
         for value in score[~score.isnan()]:
             self.log(

@@ -45,6 +45,16 @@ def roi_loss(
     return terms
 
 
+def lesion_probability(
+    lesion_head: nn.Module,
+    fused: Float[Tensor, "b 1 *dhw"],
+    brain: Bool[Tensor, "b 1 *dhw"],
+) -> Float[Tensor, "b 1 *dhw"]:
+    """What a lesion head sees in F; 0 outside the brain if the head knows nothing of elsewhere."""
+    probability = lesion_head(fused).float()
+    return probability * brain if getattr(lesion_head, "within_brain", False) else probability
+
+
 def clean_roi_loss(
     loss: ClinicalRoiLoss,
     fused: Float[Tensor, "b 1 *dhw"],

@@ -30,6 +30,7 @@ from clinfuse.functional.psnr import psnr
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import NO_SURFACE_MM, dice, hd95, nsd, signed_distance_mm
 from clinfuse.losses.roi import ClinicalRoiLoss
+from clinfuse.methods.objective import lesion_probability
 from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
 from clinfuse.metrics.suite import case_metrics
 
@@ -109,7 +110,8 @@ def main(run, lesion_head, out, deterministic=None, amplitudes=(0.0, 0.5, 1.0, 2
         )
         full = case_metrics if name in ("default", "deterministic_unet") else few_metrics
         spread = spread if len(draws) > 2 else None
-        for roi, metric, value in full(fused, batch, head(fused), spread)[0]:
+        seen = lesion_probability(head, fused, batch.brain)
+        for roi, metric, value in full(fused, batch, seen, spread)[0]:
             writer.writerow([batch.case_id[0], amplitude, source, name, roi, metric, value])
 
     for amplitude, loader in zip(amplitudes, data.test_dataloader(), strict=True):
