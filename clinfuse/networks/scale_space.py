@@ -1,6 +1,7 @@
 """A voxel's neighbourhood at several scales, and a small network that reads it."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -71,7 +72,7 @@ class ScaleSpaceNetwork(nn.Module):
         sigmas = [sigma[-(volume.ndim - 2) :] for sigma in sigmas]
         smooth = [volume, *(gaussian_smooth(volume, sigma) for sigma in sigmas)]
         middle = len(self.scales_mm) // 2
-        between = [4 * (fine - coarse) for fine, coarse in zip(smooth, smooth[1:], strict=False)]
+        between = [4 * (fine - coarse) for fine, coarse in pairwise(smooth)]
         texture = [
             4 * (gaussian_smooth(volume.square(), sigmas[i]) - smooth[i + 1].square())
             .clamp(min=1e-6).sqrt()
