@@ -43,7 +43,8 @@ RELIABILITY_TEXT = (
 )
 
 _NO_CHIPS = frozenset(
-    {"uce", "ence", "uce_raw", "ence_raw", "ause", "width", "ece", "brier", "conspicuity_min"}
+    {"uce", "ence", "uce_raw", "ence_raw", "width", "ece", "brier", "conspicuity_min"}
+    | {"ause", "ause_constant", "ause_random"}
 )
 """Scores of many voxels together that say little of one case."""
 

@@ -52,8 +52,9 @@ def case_metrics(
         batch: the studies it was made from.
         lesion_probability: predicted from ``fused``; thresholded at one half.
         spread: ensemble standard deviation of ``fused``. Adds ``spread_error_correlation``
-            (Pearson's), ``ause``, ``uce_raw`` and ``ence_raw`` over the head (where the reference
-            is not air), the brain and bone.
+            (Pearson's), ``ause`` (and that of two spreads that say nothing, ``ause_constant`` and
+            ``ause_random``), ``uce_raw`` and ``ence_raw`` over the head (where the reference is not
+            air), the brain and bone.
         tau_mm: tolerance of the surface Dice, in mm.
         calibration: fitted on other cases. Adds ``uce`` and ``ence`` of the calibrated spread, and
             ``coverage`` and ``width`` of the intervals; with a prediction, ``ece`` and ``brier``
@@ -166,11 +167,14 @@ def _calibration(
     if calibration is not None:
         std = calibration.std(fused, spread, placed)
         low, high = calibration.interval(fused, spread, placed)
+    random = torch.rand(error.shape, generator=torch.Generator().manual_seed(0)).to(error)
     columns: dict[tuple[str, str], Tensor] = {}
     for name, mask in (("whole", reference > AIR), ("brain", roi[:, 0:1]), ("bone", roi[:, 1:2])):
         columns |= {
             (name, "spread_error_correlation"): regional_correlation(spread, error.abs(), mask),
             (name, "ause"): ause(spread, error, mask),
+            (name, "ause_constant"): ause(torch.ones_like(spread), error, mask),
+            (name, "ause_random"): ause(random, error, mask),
             (name, "uce_raw"): uce(spread, error, mask),
             (name, "ence_raw"): ence(spread, error, mask),
         }

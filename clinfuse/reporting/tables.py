@@ -38,7 +38,8 @@ FINDING_KINDS = {"lesion": "lesion on MRI", "findings": "only on CT"}
 """What a reader calls the findings of each roi that has a conspicuity."""
 
 LOWER_IS_BETTER = frozenset(
-    {"hd95", "mae", "mse", "rmse", "ause", "nll", "lpips", "width"}
+    {"hd95", "mae", "mse", "rmse", "nll", "lpips", "width"}
+    | {"ause", "ause_constant", "ause_random"}
     | {name + suffix for name in ("ece", "brier", "uce", "ence") for suffix in ("", "_raw")}
 )
 """Metrics whose best value is the smallest; of all others it is the largest."""

@@ -247,6 +247,16 @@ def test_without_a_calibration_only_what_is_stated_is_judged():
     assert not of_brain & {"uce", "ence", "coverage", "width"}
 
 
+def test_an_informative_spread_is_judged_beside_one_that_says_nothing():
+    batch = studies()
+    error = torch.randn(batch.mri.shape, generator=torch.Generator().manual_seed(0)) / 10
+    fused = batch.reference + error
+    for case in map(values, case_metrics(fused, batch, None, error.abs())):
+        for roi in ("whole", "brain", "bone"):
+            assert case[roi, "ause"] == pytest.approx(0, abs=1e-6)
+            assert case[roi, "ause_random"] > 0.1 and case[roi, "ause_constant"] > 0.1
+
+
 def with_findings() -> FusionBatch:
     """Two heads: three lesions on the MRI and two findings on CT alone; then neither."""
     zeros = torch.zeros(2, 1, 6, 48, 48)
