@@ -1,5 +1,7 @@
 """What trained methods compare their output with: the reference and the clean registered pair."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ def roi_loss(
     roi: Bool[Tensor, "b r *dhw"],
     spacing_mm: SpacingMm,
     lesion_distance_mm: Float[Tensor, "b 1 *dhw"] | None = None,
-    lesion_head: nn.Module | None = None,
+    lesion_head: Callable[[Tensor], Tensor] | None = None,
 ) -> RoiLossTerms:
     """L_ROI of Eq. 2 for each case, against the sources and masks given, in full precision.
 

@@ -33,6 +33,7 @@ from clinfuse.methods.base import (
     staged_optimizer,
     step_generator,
 )
+from clinfuse.methods.lesion_head import LesionHead
 from clinfuse.methods.objective import clean_pair_of, clean_roi_loss, reference_of, roi_loss
 from clinfuse.networks.fusion_unet import Condition, FusionUNet
 from clinfuse.networks.registered_blend import Anchor, NoAnchor, RegisteredBlend
@@ -272,7 +273,13 @@ class RoiDiffusion(FusionMethod):
             repeated(volume, seen) for volume in (anchor.mean, anchor.scale, mri, ct, roi)
         )
 
-        def loss(x0_hat: Tensor, lesion_head: nn.Module | None) -> tuple[Tensor, ...]:
+        head: Callable[[Tensor], Tensor] | None = self.lesion_head
+        if isinstance(self.lesion_head, LesionHead):
+            head = self.lesion_head.within(roi[:, 0:1] | roi[:, 2:3])
+
+        def loss(
+            x0_hat: Tensor, lesion_head: Callable[[Tensor], Tensor] | None
+        ) -> tuple[Tensor, ...]:
             fused = mean + scale * x0_hat
             terms = roi_loss(
                 self.guidance_loss, fused, mri, ct, roi, spacing_mm, distance_mm, lesion_head
@@ -280,7 +287,7 @@ class RoiDiffusion(FusionMethod):
             return terms.by_region if settings.by_region else (terms.total,)
 
         return roi_guide(
-            partial(loss, lesion_head=self.lesion_head),
+            partial(loss, lesion_head=head),
             eta=settings.eta,
             eta_u=settings.eta_u,
             kappa=settings.kappa,

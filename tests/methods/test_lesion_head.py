@@ -25,6 +25,20 @@ def test_frozen_it_passes_gradients_on_and_keeps_none(head):
     assert all(parameter.grad is None for parameter in head.parameters())
 
 
+def test_asked_about_some_voxels_it_says_the_same_of_them_with_the_same_slopes(head):
+    fused = torch.randn(2, 1, 6, 8, 10)
+    asked = torch.rand_like(fused) > 0.7
+    found = []
+    for probability in (head.eval(), head.within(asked)):
+        leaf = fused.clone().requires_grad_()
+        says = probability(leaf) * asked
+        found.append((says, *torch.autograd.grad(says.square().sum(), leaf)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    nothing = head.within(torch.zeros_like(asked))(fused)
+    assert (nothing == 0).all() and nothing.shape == fused.shape
+
+
 def test_it_learns_to_see_the_lesion_it_is_shown(head, phantoms):
     batch = phantoms.batch(0.0, case=7)
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
