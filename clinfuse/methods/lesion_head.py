@@ -47,8 +47,6 @@ class LesionHead(LightningModule):
     """
 
     is_trainable = True
-    within_brain = True
-    """What it says of voxels outside the brain means nothing: it has seen none."""
 
     def __init__(
         self,
@@ -82,7 +80,8 @@ class LesionHead(LightningModule):
     def within(self, asked: Bool[Tensor, "b 1 *dhw"]) -> Callable[[Tensor], Tensor]:
         """``forward`` for volumes of which only the voxels ``asked`` for matter; 0 elsewhere.
 
-        Reading is what takes the time, and a brain is a fifth of a volume. Where the voxels are is
+        What it says of voxels outside the brain means nothing: it has seen none. And reading is
+        what takes the time, and a brain is a fifth of a volume. Where the voxels are is
         found out here, once, so that nothing in a sampler's loop waits for it.
         """
         index = asked.flatten().nonzero()[:, 0]

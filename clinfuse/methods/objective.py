@@ -53,8 +53,16 @@ def lesion_probability(
     brain: Bool[Tensor, "b 1 *dhw"],
 ) -> Float[Tensor, "b 1 *dhw"]:
     """What a lesion head sees in F; 0 outside the brain if the head knows nothing of elsewhere."""
-    probability = lesion_head(fused).float()
-    return probability * brain if getattr(lesion_head, "within_brain", False) else probability
+    probability: Tensor = within(lesion_head, brain)(fused)
+    return probability.float()
+
+
+def within(lesion_head: nn.Module, asked: Bool[Tensor, "b 1 *dhw"]) -> Callable[[Tensor], Tensor]:
+    """The head as it is, or as one that reads only the voxels asked for, if it can."""
+    narrowed: Callable[[Tensor], Tensor] = getattr(lesion_head, "within", lambda _: lesion_head)(
+        asked
+    )
+    return narrowed
 
 
 def clean_roi_loss(

@@ -33,8 +33,7 @@ from clinfuse.methods.base import (
     staged_optimizer,
     step_generator,
 )
-from clinfuse.methods.lesion_head import LesionHead
-from clinfuse.methods.objective import clean_pair_of, clean_roi_loss, reference_of, roi_loss
+from clinfuse.methods.objective import clean_pair_of, clean_roi_loss, reference_of, roi_loss, within
 from clinfuse.networks.fusion_unet import Condition, FusionUNet
 from clinfuse.networks.registered_blend import Anchor, NoAnchor, RegisteredBlend
 from clinfuse.networks.rigid_registration import (
@@ -273,9 +272,9 @@ class RoiDiffusion(FusionMethod):
             repeated(volume, seen) for volume in (anchor.mean, anchor.scale, mri, ct, roi)
         )
 
-        head: Callable[[Tensor], Tensor] | None = self.lesion_head
-        if isinstance(self.lesion_head, LesionHead):
-            head = self.lesion_head.within(roi[:, 0:1] | roi[:, 2:3])
+        head: Callable[[Tensor], Tensor] | None = None
+        if self.lesion_head is not None:
+            head = within(self.lesion_head, roi[:, 0:1] | roi[:, 2:3])
 
         def loss(
             x0_hat: Tensor, lesion_head: Callable[[Tensor], Tensor] | None

@@ -4,10 +4,10 @@ python experiments/guidance/variants.py RUN LESION_HEAD OUT.csv [DETERMINISTIC_R
 
 Every (case, misregistration) is anchored once, and each variant sampled from that anchor. The
 cohort is a fresh one: the 21 test cases of 140 phantoms of seed 2, which trained neither the run
-nor the head. Where neither Eq. 4 nor U reads the spread, the guided mean does not depend on what
-the denoiser says about the members (their noise sums to 0, and centred_estimate takes their mean
-from it), so there two members are walked with a network that says nothing; ``check`` compares that
-with the whole thing.
+nor the head. Where Eq. 4 does not read the spread, the guided mean does not depend on what the
+denoiser says about the members (their noise sums to 0, centred_estimate takes their mean from it,
+and the steps down U sum to 0), so there two members are walked with a network that says nothing;
+``check`` compares that with the whole thing.
 """
 
 import csv
@@ -152,7 +152,7 @@ class Silent(torch.nn.Module):
 
 def sampled(method, batch, anchor, name):
     """The ensemble, or where only its mean is asked for two members with that mean."""
-    if name == "default" or method.guidance.kappa or method.guidance.eta_u:
+    if name == "default" or (method.guidance.kappa and method.guidance.eta):
         return method.sample(batch, anchor)
     network, members = method.network, method.members
     method.network, method.members = Silent(network), 2
