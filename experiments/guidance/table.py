@@ -1,7 +1,8 @@
 """Tables of cases.csv: python experiments/guidance/table.py CASES.csv
 
-Means over cases, and under them the mean difference from ``off`` of the same cases with its 95 %
-bootstrap interval over cases. Undefined values (no lesion, nothing found) are left out, in pairs.
+Means over cases (of conspicuity medians), and beside them the mean difference from ``off`` of the
+same cases with its 95 % bootstrap interval over cases. Undefined values (no lesion, nothing found)
+are left out, in pairs.
 """
 
 import sys
@@ -50,7 +51,8 @@ def table(
         cells = []
         for roi, metric, digits in columns:
             own = values(rows[rows.variant == variant], roi, metric)
-            cell = f"{own.mean():.{digits}f}" if own.notna().any() else "–"
+            middle = own.median() if metric == "conspicuity" else own.mean()
+            cell = f"{middle:.{digits}f}" if own.notna().any() else "–"
             if base and variant != base and own.notna().any():
                 apart = (own - values(rows[rows.variant == base], roi, metric)).dropna()
                 if len(apart):
