@@ -19,6 +19,7 @@ from clinfuse.diffusion.process import (
     target_for,
     x0_from_prediction,
 )
+from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.spacing import shared_spacing
 from clinfuse.losses.denoising import denoising_loss
 from clinfuse.losses.diffusion import diffusion_loss, noise_level_weight
@@ -68,7 +69,9 @@ class Guidance:
         tolerance_mm: how far the anchor's registration may want to move the CT (root mean square
             over the brain) for bone to be guided to the CT as it was given all the same. A motion
             below the registration's own error says nothing, and moving the CT costs detail.
-            0 always guides to the registered CT, infinity to the CT as given (the paper).
+            A CT that the anchor's mean looks more like than like the registered one is taken as
+            given too. 0 always guides to the registered CT, infinity to the CT as given, as the
+            paper does.
         by_region: whether brain, bone and lesion each take a step of their own, as long as eta
             times their weight, and each only as far as it has to go; false follows the sum of the
             three, as Eq. 1 does. Through the denoiser it is always the sum.
@@ -391,20 +394,27 @@ class RoiDiffusion(FusionMethod):
 def guiding_sources(
     batch: FusionBatch, anchor: Anchor, tolerance_mm: float
 ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Bool[Tensor, "b r *dhw"]]:
-    """The MRI, CT and masks that F is guided to: as the anchor prepares them, but for two things.
+    """The MRI, CT and masks that F is guided to: as the anchor prepares them, but for three things.
 
     A CT that the registration would move by less than ``tolerance_mm`` is taken as it was given,
-    with its bone mask. And bone ends where the brain begins: the brain mask is the
+    with its bone mask. So is one that the anchor's mean looks more like, in its bone, than like the
+    registered one in that one's: the anchor has not believed its own registration (0 mm of
+    tolerance believes it all the same). And bone ends where the brain begins: the brain mask is the
     MRI's own, and where a bone mask that was moved reaches into it, it is wrong.
     """
     mri, ct, roi = anchor.mri, anchor.ct, anchor.roi > 0.5
-    if anchor.registration is not None:
+    if anchor.registration is not None and tolerance_mm > 0:
         motion, brain = anchor.registration.motion, batch.brain.to(ct.dtype)
         still = torch.eye(motion.shape[-1]).to(motion).expand_as(motion)
         wanted_mm = registration_error_mm(motion, still, brain, batch.spacing_mm)
         is_still = (wanted_mm < tolerance_mm) & brain.flatten(1).any(1)
-        is_still = is_still.reshape(-1, *[1] * (ct.ndim - 1))
-        ct, roi = torch.where(is_still, batch.ct, ct), torch.where(is_still, batch.roi, roi)
+        given, moved = (
+            regional_mean((anchor.mean - source).square(), bone)
+            for source, bone in ((batch.ct, batch.bone), (ct, roi[:, 1:2]))
+        )
+        is_given = is_still | (given < moved)
+        is_given = is_given.reshape(-1, *[1] * (ct.ndim - 1))
+        ct, roi = torch.where(is_given, batch.ct, ct), torch.where(is_given, batch.roi, roi)
     brain, bone, lesion = roi.split(1, 1)
     return mri, ct, torch.cat([brain, bone & ~brain, lesion], 1)
 

@@ -86,7 +86,7 @@ class ScaleSpaceNetwork(nn.Module):
 def contrast(volume: Float[Tensor, "b 1 *dhw"]) -> list[Float[Tensor, "b 1 *dhw"]]:
     """The share of the head's voxels near each of ``LEVELS`` levels of brightness, everywhere."""
     head = (volume > AIR).float()
-    levels = torch.linspace(-0.8, 1, LEVELS).tolist()
+    levels = [-0.8 + 1.8 * i / (LEVELS - 1) for i in range(LEVELS)]
     near = torch.cat([torch.exp(-(((volume - level) / 0.15) ** 2)) * head for level in levels], 1)
     near = near.flatten(2).sum(2)
     shares = LEVELS / 2 * near / near.sum(1, keepdim=True).clamp(min=1)

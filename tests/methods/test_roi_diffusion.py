@@ -266,8 +266,8 @@ def with_motions(batch, *shifts_mm):
     found = Registration(motion, torch.zeros_like(batch.ct), torch.zeros_like(batch.ct))
     moved = torch.cat([batch.brain, batch.bone.roll(2, -1), batch.lesion], 1).to(batch.ct.dtype)
     return replace(
-        NoAnchor()(batch), mri=0.9 * batch.mri, ct=batch.ct.roll(2, -1), roi=moved,
-        registration=found,
+        NoAnchor()(batch), mean=batch.ct.roll(2, -1), mri=0.9 * batch.mri,
+        ct=batch.ct.roll(2, -1), roi=moved, registration=found,
     )  # fmt: skip
 
 
@@ -311,6 +311,18 @@ def test_a_ct_is_guided_to_as_given_where_its_motion_is_within_the_tolerance(
     for case in range(2):
         assert is_guided_to(given[case], case, pair, anchor, sources)
         assert not is_guided_to(not given[case], case, pair, anchor, sources)
+
+
+def test_a_ct_is_guided_to_as_given_where_the_anchors_mean_is_like_it_and_not_like_the_moved_one(
+    pair,
+):
+    anchor = with_motions(pair, 5.0, 5.0)
+    mean = torch.stack([pair.ct[0], anchor.ct[1]])
+    sources = guiding_sources(pair, replace(anchor, mean=mean), 0.6)
+    assert is_guided_to(True, 0, pair, anchor, sources)
+    assert is_guided_to(False, 1, pair, anchor, sources)
+    believed = guiding_sources(pair, replace(anchor, mean=mean), 0.0)
+    assert all(is_guided_to(False, case, pair, anchor, believed) for case in range(2))
 
 
 def test_the_motion_of_a_turn_is_its_root_mean_square_over_the_brain(pair):
