@@ -392,7 +392,7 @@ def test_the_lesion_head_reads_every_step_or_those_from_a_level_on(
     phantoms, head, lesion_start, calls
 ):
     seen = []
-    head.register_forward_hook(lambda *_: seen.append(1))
+    head.network.reader.register_forward_hook(lambda *_: seen.append(1))
     overrides = (f"guidance.lesion_start={lesion_start}", "guidance.gamma=3.0")
     method = phantoms.method("clinfuse", *overrides, steps=4).eval()
     method.lesion_head = head
