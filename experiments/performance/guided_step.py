@@ -1,6 +1,6 @@
 """What guidance costs: one step of the sampler, unguided and guided, side by side.
 
-python experiments/performance/guided_step.py RUN LESION_HEAD
+python experiments/performance/guided_step.py RUN LESION_HEAD [TURNS]
 
 Turns of each kind alternate, so that what else the machine does falls on all alike; the median over
 turns is compared. Every term of Eq. 2, the fidelity terms, Eq. 4 and U are on. A step is one of the
@@ -27,10 +27,8 @@ from clinfuse.data.paired_volumes import study_item
 from clinfuse.data.phantoms import make_phantom, write_study
 from clinfuse.data.studies import load_study
 
-TURNS = 5
 
-
-def main(run: str, lesion_head: str) -> None:
+def main(run: str, lesion_head: str, turns: str = "2") -> None:
     register_resolvers()
     quiet_libraries()
     cfg = run_config(run)
@@ -40,14 +38,12 @@ def main(run: str, lesion_head: str) -> None:
     kinds = {
         "unguided": replace(own, eta=0.0, eta_u=0.0),
         "x0, of the mean (default)": replace(own, gradient="x0", of_mean=True),
-        "x0, each member": replace(own, gradient="x0", of_mean=False),
         "full, of the mean": replace(own, gradient="full", of_mean=True),
-        "full, each member": replace(own, gradient="full", of_mean=False),
     }
     with torch.no_grad():
         anchor = method.anchor(batch)
         times: dict[str, list[float]] = {name: [] for name in kinds}
-        for _ in range(TURNS + 1):
+        for _ in range(int(turns) + 1):
             for name, method.guidance in kinds.items():
                 start = time.perf_counter()
                 method.sample(batch, anchor)
