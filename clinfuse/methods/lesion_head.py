@@ -94,6 +94,7 @@ class LesionHead(LightningModule):
         return probability
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
+        self._check(batch)
         generator = step_generator(self.global_step, self.seed)
         reference = reference_of(batch)
         fused = self._like_an_estimate(reference, batch.spacing_mm, generator)
@@ -140,7 +141,17 @@ class LesionHead(LightningModule):
         if dataloader_idx == 0:
             self._log_dice("test", batch)
 
+    def _check(self, batch: FusionBatch) -> None:
+        """Scales in mm are those of one voxel size: another's would be read wrongly in silence."""
+        expected, found = self.network.spacing_mm, tuple(shared_spacing(batch.spacing_mm))
+        if any(abs(a - b) > 1e-3 for a, b in zip(expected, found, strict=True)):
+            raise ValueError(
+                f"expected voxels of {list(expected)} mm, as method.network.spacing_mm says, "
+                f"got {[round(size, 4) for size in found]} mm in {batch.case_id[0]}"
+            )
+
     def _log_dice(self, stage: str, batch: FusionBatch) -> None:
+        self._check(batch)
         predicted = lesion_probability(self, reference_of(batch), batch.brain) > 0.5
         score = dice(predicted, batch.lesion)
         for value in score[~score.isnan()]:

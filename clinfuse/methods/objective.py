@@ -59,10 +59,9 @@ def lesion_probability(
 
 def within(lesion_head: nn.Module, asked: Bool[Tensor, "b 1 *dhw"]) -> Callable[[Tensor], Tensor]:
     """The head as it is, or as one that reads only the voxels asked for, if it can."""
-    narrowed: Callable[[Tensor], Tensor] = getattr(lesion_head, "within", lambda _: lesion_head)(
-        asked
-    )
-    return narrowed
+    narrow: Callable[[Tensor], Callable[[Tensor], Tensor]] | None
+    narrow = getattr(lesion_head, "within", None)
+    return lesion_head if narrow is None else narrow(asked)
 
 
 def clean_roi_loss(
@@ -76,8 +75,12 @@ def clean_roi_loss(
     The paper writes I_M and I_C; in training the CT is moved on purpose, and comparing with the
     moved one would teach the network to leave bone where it does not belong.
     """
-    known = (*clean_pair_of(batch), batch.spacing_mm, batch.lesion_distance_mm)
-    return roi_loss(loss, fused, *known, lesion_head).total
+    mri, ct, roi = clean_pair_of(batch)
+    head = None
+    if lesion_head is not None and loss.gamma != 0:
+        head = within(lesion_head, roi[:, 0:1] | roi[:, 2:3])
+    known = (mri, ct, roi, batch.spacing_mm, batch.lesion_distance_mm)
+    return roi_loss(loss, fused, *known, head).total
 
 
 def reference_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:

@@ -26,14 +26,12 @@ from monai.bundle.config_item import ConfigComponent
 from torch import Tensor, nn
 
 from clinfuse.networks.fusion_unet import crop, pad_to_multiple
+from clinfuse.networks.scale_space import AIR
 
 log = logging.getLogger(__name__)
 
 LESION_WORDS = ("lesion", "tumor", "tumour", "stroke", "infarct", "metasta")
 """A class whose name contains one of these is lesion, unless the caller names classes himself."""
-
-AIR = -0.9
-"""Below it a voxel of F is background, which heads trained on zero background do not look at."""
 
 NETWORK_CODE = ("monai.networks.nets.", "monai.networks.blocks.", "torch.nn.")
 """Where the parts of a bundle's network may come from; anything else is somebody's program."""

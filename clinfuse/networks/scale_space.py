@@ -36,7 +36,6 @@ class ScaleSpaceNetwork(nn.Module):
         scales_mm: standard deviations of the smoothing, in mm in every direction, at least three.
         width: of the hidden layers.
         depth: number of them.
-        dropout: share of their outputs left out in training.
     """
 
     def __init__(
@@ -45,7 +44,6 @@ class ScaleSpaceNetwork(nn.Module):
         scales_mm: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0),
         width: int = 64,
         depth: int = 2,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if len(scales_mm) < 3:
@@ -53,7 +51,7 @@ class ScaleSpaceNetwork(nn.Module):
         self.spacing_mm, self.scales_mm = tuple(spacing_mm), tuple(scales_mm)
         described = 2 * (len(scales_mm) + 1) - 1 + 2 + 2 + LEVELS
         self.standardise = nn.BatchNorm1d(described, momentum=0.05, affine=False)
-        self.reader = FullyConnectedNet(described, 1, [width] * depth, dropout, "swish")
+        self.reader = FullyConnectedNet(described, 1, [width] * depth, act="swish")
 
     def forward(self, volume: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
         """A logit at every voxel."""

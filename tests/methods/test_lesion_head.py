@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import lightning
 import pytest
 import torch
@@ -73,6 +75,30 @@ def test_a_step_draws_the_same_noise_whenever_it_is_taken(head, phantoms):
     once = head.training_step(batch, 0)
     torch.randn(100)  # whatever else has been drawn
     assert torch.equal(head.training_step(batch, 0), once)
+
+
+def test_another_voxel_size_than_the_scales_are_of_is_refused_by_case(head, phantoms):
+    batch = phantoms.batch(0.0, case=7)
+    head.log = lambda *_, **__: None
+    other = replace(batch, spacing_mm=2 * batch.spacing_mm)
+    for step in (head.training_step, head.validation_step):
+        with pytest.raises(ValueError, match=r"expected voxels of .* got .* mm in case_007"):
+            step(other, 0)
+
+
+def test_a_step_learns_from_the_newest_volumes_and_from_their_brains_alone(head, phantoms):
+    batch = phantoms.batch(0.0, case=7)
+    head.log = lambda *_, **__: None
+    head.pool, head.max_blur_mm, head.max_noise = 2, 0.0, 0.0
+    flat = replace(batch, reference=torch.zeros_like(batch.reference))
+    for seen in (flat, batch, batch):
+        head.training_step(seen, 0)
+    assert len(head.seen) == 2  # and the flat one is not among them
+    asked = (batch.brain | batch.lesion)[0, 0]
+    values = set(batch.reference[0, 0][asked].tolist())  # a voxel's description begins with it
+    for described, lesion in head.seen:
+        assert lesion.sum() >= min(head.lesion_voxels, int(batch.lesion.sum()))
+        assert set(described[:, 0].tolist()) <= values
 
 
 def test_a_frozen_head_stays_as_it_is_evaluated_whatever_it_is_part_of(head):

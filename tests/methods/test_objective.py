@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from clinfuse.losses.roi import ClinicalRoiLoss
-from clinfuse.methods.objective import clean_pair_of, clean_roi_loss, reference_of, roi_loss
+from clinfuse.methods.objective import (
+    clean_pair_of,
+    clean_roi_loss,
+    lesion_probability,
+    reference_of,
+    roi_loss,
+)
 
 
 class BrightIsLesion(torch.nn.Module):
@@ -118,3 +124,29 @@ def test_targets_are_those_of_the_batch_or_refused(batch):
         assert given is truth
     with pytest.raises(ValueError, match="needs reference"):
         reference_of(replace(batch, reference=None))
+
+
+class WithinAlone(BrightIsLesion):
+    """A head that can be asked about some voxels, and counts how many."""
+
+    def within(self, asked):
+        self.asked = int(asked.sum())
+        return lambda fused: self(fused) * asked
+
+
+def test_a_head_that_can_is_asked_within_the_brain_and_any_other_everywhere(batch):
+    narrow, plain = WithinAlone(), BrightIsLesion()
+    says = plain(batch.mri)
+    assert says[~batch.brain].max() > 0
+    torch.testing.assert_close(lesion_probability(plain, batch.mri, batch.brain), says)
+    inside = lesion_probability(narrow, batch.mri, batch.brain)
+    torch.testing.assert_close(inside, says * batch.brain)
+
+
+def test_in_training_too_a_head_is_asked_where_it_counts_and_the_loss_is_the_same(batch):
+    narrow, loss = WithinAlone(), ClinicalRoiLoss(gamma=3.0)
+    fused = 0.5 * batch.clean_mri
+    got = clean_roi_loss(loss, fused, batch, narrow)
+    torch.testing.assert_close(got, clean_roi_loss(loss, fused, batch, BrightIsLesion()))
+    asked = batch.clean_roi[:, 0:1] | batch.clean_roi[:, 2:3]
+    assert narrow.asked == int(asked.sum()) < asked.numel() / 2

@@ -38,13 +38,10 @@ def test_scales_are_millimetres(volume):
 
 def test_the_other_side_and_the_contrast_are_read_and_not_to_be_changed(network, volume):
     volume = volume.clone().requires_grad_()
-    left = torch.zeros_like(volume, dtype=torch.bool)
-    left[..., 0] = True  # its windows of 16 mm, cut at 56 mm, reach everywhere; the finest do not
     description = network.describe(volume)
     changed, *_ = torch.autograd.grad(description[:, 0].sum(), volume, retain_graph=True)
     assert (changed == 1).all()
-    for unchanging in (*range(13, 15), *range(15, 23)):
-        assert description[:, unchanging].std() > 0 or unchanging >= 15
+    for unchanging in range(13, 23):
         (slope,) = torch.autograd.grad(
             description[:, unchanging].sum(), volume, retain_graph=True, allow_unused=True,
             materialize_grads=True,
