@@ -6,7 +6,7 @@ caller's. The samplers call ``guided_estimate`` and subtract the correction it r
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -86,6 +86,7 @@ def roi_guide(
     early_until: float = 1.0,
     of_mean: bool = False,
     weights: Sequence[float] = (1.0,),
+    centred: bool = False,
 ) -> Guide:
     """The guide of Alg. 1 line 10: eta_eff * grad L_ROI + eta_u * grad U.
 
@@ -125,12 +126,16 @@ def roi_guide(
         weights: w of each part at x0_hat, of which what is normalised sees nothing by itself: its
             step is eta w long and ends at 2 w / (1 + w) of its reach, the whole way at w = 1 and
             more or less of it as w is more or less.
+        centred: whether the denoiser is a ``centred_estimate``, by which the members' mean is
+            sqrt(alpha_bar_t) times that of their x_t. The gradient of that mean's loss is then
+            known through the denoiser without walking back through it.
     """
     if gradient not in ("full", "x0"):
         raise ValueError(f"expected gradient 'full' or 'x0', got {gradient!r}")
     use_spread = eta_u != 0 and members > 1
     spread = partial(ensemble_uncertainty, members=members)
     group = members if of_mean else 1
+    mean_is_known = centred and of_mean
     refused: list[Tensor] = []
 
     def loss_at(noise_level: float) -> Loss:
@@ -142,14 +147,19 @@ def roi_guide(
         total = torch.zeros_like(x_t)
         pulls: tuple[float, ...]
         if use_spread:
-            slope = loss_gradient(spread, x0_hat, towards_x_t, members, retain_graph=eta != 0)
+            walks_again = eta != 0 and not mean_is_known
+            slope = loss_gradient(spread, x0_hat, towards_x_t, members, retain_graph=walks_again)
             total = total + slope.step(eta_u)
             refused.append(~slope.is_finite)
         if eta != 0:
             followed = loss_at(noise_level)
             strength = _voxelwise_eta(kappa, x0_hat, members, reference_std)
             if gradient == "full":
-                slopes, pulls = [loss_gradient(followed, x0_hat, x_t, group)], (1.0,)
+                if mean_is_known:
+                    slope = of_centred(loss_gradient(followed, x0_hat, None, group), noise_level)
+                else:
+                    slope = loss_gradient(followed, x0_hat, x_t, group)
+                slopes, pulls = [slope], (1.0,)
             else:
                 slopes, pulls = part_gradients(followed, x0_hat, group), tuple(weights)
             for slope, pull in zip(slopes, pulls, strict=True):
@@ -157,7 +167,7 @@ def roi_guide(
                 refused.append(~slope.is_finite)
         return total
 
-    needs_graph = gradient == "full" and (eta != 0 or use_spread)
+    needs_graph = gradient == "full" and (use_spread or (eta != 0 and not mean_is_known))
     return Guide(correction, needs_graph, start, end, refused)
 
 
@@ -273,6 +283,18 @@ def part_gradients(loss: Loss, x0_hat: Float[Tensor, "b c *dhw"], members: int =
             (gradient,) = torch.autograd.grad(part.sum(), leaf, retain_graph=len(parts) > 1)
         slopes.append(_slope(part, *normalise_rms(gradient, members), members))
     return slopes
+
+
+def of_centred(slope: Slope, noise_level: float) -> Slope:
+    """The slope at x_t of a loss of the members' mean, from that at a centred x0_hat.
+
+    Their mean is sqrt(alpha_bar_t) times that of x_t, so the direction stays and the gradient is
+    so much the smaller; where nothing of x_0 is in x_t, it is flat.
+    """
+    signal = (1 - noise_level) ** 0.5
+    if signal == 0:
+        return replace(slope, direction=torch.zeros_like(slope.direction))
+    return replace(slope, reach=slope.reach / signal)
 
 
 def _parts(loss: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -302,6 +302,7 @@ class RoiDiffusion(FusionMethod):
             early_until=settings.lesion_start,
             of_mean=settings.of_mean,
             weights=self.guidance_loss.weights if settings.by_region else (1.0,),
+            centred=self.centred and self.members > 1,
         )
 
     # Training: Eq. 3 in three stages.

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinfuse.diffusion.ensemble import (
+    centred_estimate,
     ensemble_mean,
     ensemble_uncertainty,
     ensemble_variance,
@@ -398,6 +399,50 @@ def test_full_gradient_of_the_mean_is_that_of_its_loss_in_each_members_x_t(eta, 
     factor = torch.minimum(eta / (square / (3 * VOXELS)).sqrt(), losses.detach() / square)
     expected = factor.repeat_interleave(3).reshape(6, 1, 1, 1) * gradient
     torch.testing.assert_close(correction, expected)
+
+
+@pytest.fixture
+def walked(matrix):
+    """A centred denoiser that is not linear, and how often its network was walked back through."""
+    walks = []
+
+    def network(x_t):
+        x0_hat = torch.tanh(x_t.flatten(1) @ matrix.T).reshape_as(x_t)
+        if x0_hat.requires_grad:
+            x0_hat.register_hook(walks.append)
+        return x0_hat
+
+    return walks, lambda x_t, level: centred_estimate(network(x_t), x_t, level, 3)
+
+
+@pytest.mark.parametrize("eta", [0.05, 1e6])
+@pytest.mark.parametrize("eta_u", [0.0, 0.02])
+@pytest.mark.parametrize("kappa", [None, 3.0])
+def test_the_mean_of_centred_members_is_guided_in_full_without_a_walk(
+    eta, eta_u, kappa, x_t, walked
+):
+    walks, denoise = walked
+
+    def corrected(centred):
+        guide = roi_guide(
+            squared_error, eta, eta_u, kappa, 3, "full", of_mean=True, centred=centred
+        )
+        walks.clear()
+        return estimate(denoise, x_t, guide, level=0.3)[1], len(walks)
+
+    known, walks_when_known = corrected(centred=True)
+    expected, walks_when_not = corrected(centred=False)
+    torch.testing.assert_close(known, expected)
+    assert walks_when_known == (eta_u != 0)  # U's own
+    assert walks_when_not == 1 + (eta_u != 0)
+
+
+def test_the_mean_of_centred_members_goes_unguided_in_full_where_x_t_is_all_noise(x_t, walked):
+    _, denoise = walked
+    for centred in (True, False):
+        guide = roi_guide(squared_error, 0.1, 0.0, None, 3, "full", of_mean=True, centred=centred)
+        _, correction = estimate(denoise, x_t, guide, level=0.0)
+        assert not correction.any()
 
 
 # The normalised gradient.

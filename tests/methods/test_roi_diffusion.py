@@ -15,6 +15,7 @@ from clinfuse.data.paired_volumes import collate_batches
 from clinfuse.functional.calibration import total_variance
 from clinfuse.functional.surface import signed_distance_mm
 from clinfuse.losses.roi import ClinicalRoiLoss
+from clinfuse.methods import roi_diffusion
 from clinfuse.methods.objective import roi_loss
 from clinfuse.methods.roi_diffusion import guiding_sources, scale_loss, source_losses
 from clinfuse.networks.registered_blend import NoAnchor
@@ -219,6 +220,28 @@ def test_guided_members_keep_the_spread_between_them_where_their_mean_is_guided(
     # an untrained denoiser is linear, and so has no other way to tell members apart
     torch.testing.assert_close(apart(eta=0.2, of_mean=True), unguided, atol=1e-5, rtol=0)
     assert (apart(eta=0.2, of_mean=False) - unguided).abs().max() > 1e-2
+
+
+def test_the_full_gradient_of_a_centred_mean_needs_no_walk_back_and_is_what_a_walk_finds(
+    phantoms, head, monkeypatch
+):
+    batch = phantoms.batch(2.0, case=7)
+    settings = ("guidance.gradient=full", "guidance.eta=0.3", "guidance.eta_u=0.0")
+    method = phantoms.method("clinfuse", *settings, members=3).eval()
+    method.lesion_head = head
+    own, needs_graph = roi_diffusion.roi_guide, []
+
+    def sample(**changes):
+        def guide(*arguments, **keywords):
+            made = own(*arguments, **(keywords | changes))
+            needs_graph.append(made.needs_graph)
+            return made
+
+        monkeypatch.setattr(roi_diffusion, "roi_guide", guide)
+        return method.ensemble(batch)
+
+    torch.testing.assert_close(sample(), sample(centred=False), atol=1e-4, rtol=0)
+    assert needs_graph == [False, True]
 
 
 @pytest.mark.parametrize("gradient", ["x0", "full"])
