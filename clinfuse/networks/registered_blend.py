@@ -121,7 +121,8 @@ class RegisteredBlend(nn.Module):
         mean = leaky_clamp(weight * ct + (1 - weight) * mri + correction)
         if findings is not None:  # as the MRI shows them by now, whatever the blend made of them
             mean = torch.lerp(mean, mri, feathered(findings, batch.spacing_mm).to(mean))
-        expected = self._expected_error(weight, mri, ct, lost, batch).detach()
+        share = bone * (1 - brain)
+        expected = self._expected_error(mean, weight, share, mri, ct, lost, batch).detach()
         scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
         return Anchor(mean, scale, mri, ct, roi, weight, found)
 
@@ -137,15 +138,24 @@ class RegisteredBlend(nn.Module):
         return torch.cat([brain, bone, lesion], 1) > 0.5
 
     def _expected_error(
-        self, weight: Tensor, mri: Tensor, ct: Tensor, lost: Tensor, batch: FusionBatch
+        self,
+        mean: Tensor,
+        weight: Tensor,
+        share: Tensor,
+        mri: Tensor,
+        ct: Tensor,
+        lost: Tensor,
+        batch: FusionBatch,
     ) -> Tensor:
         """What s is before any training: noise, the choice between the sources, misplaced edges,
         and detail too fine to be moved.
 
-        If a voxel is the CT's with probability w, that choice alone has the variance
-        w (1 - w) (I_C - I_M)^2.
+        If the reference takes a voxel from the CT with probability p, here the share of it that
+        the moved bone mask fills, and else from the MRI, then mu misses it by
+        p (mu - I_C)^2 + (1 - p) (mu - I_M)^2 on average. The weight w does not say p: L_ROI's
+        windows reach out of the bone, and draw w with them.
         """
-        choice = weight * (1 - weight) * (ct - mri).square()
+        choice = share * (mean - ct).square() + (1 - share) * (mean - mri).square()
         blend = weight * ct + (1 - weight) * mri
         edges = self.misplaced_mm * slope_per_mm(blend, batch.spacing_mm)
         moved = self.lost_gain * weight * lost

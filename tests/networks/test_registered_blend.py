@@ -131,6 +131,21 @@ def test_the_blend_is_of_the_denoised_sources_where_they_belong(phantoms):
     torch.testing.assert_close(anchor.mean[sure], anchor.mri[sure], atol=1e-3, rtol=0)
 
 
+def test_the_scale_starts_large_where_the_mean_shows_the_ct_beside_the_bone_mask(phantoms):
+    """However sure the weight is there: the reference would show the MRI."""
+    batch = phantoms.batch(0.0)
+    blend = RegisteredBlend(NETWORK, None, noise_scale=0.0, misplaced_mm=0.0, min_scale=0.0)
+    outside = ~batch.roi[:, :2].any(1, keepdim=True)
+    apart = (batch.ct - batch.mri).abs()
+    with torch.no_grad():
+        assert blend(batch).scale[outside].median() < 1e-3  # shows the MRI
+        blend.network.unet.out[-1].conv.bias[0] = 20.0
+        shown = blend(batch)
+    torch.testing.assert_close(shown.mean[outside], batch.ct[outside], atol=1e-3, rtol=0)
+    torch.testing.assert_close(shown.scale[outside], apart[outside], atol=1e-3, rtol=1e-3)
+    assert shown.scale[batch.bone & ~batch.brain].median() < 1e-3
+
+
 def test_training_reaches_weight_correction_and_scale_but_not_what_prepares_sources(phantoms):
     blend = RegisteredBlend(NETWORK, registration(), SourceDenoisers(3, features=8, blocks=1))
     anchor = blend(phantoms.batch())
