@@ -1,0 +1,1 @@
+"""Raw scans to study folders: reading, registration, masks, quality control."""
