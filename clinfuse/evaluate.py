@@ -45,6 +45,7 @@ def main(cfg: DictConfig) -> None:
         )
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data = data_of(cfg, runs)
+    data.write_splits(Path(cfg.out) / "splits.json")
     facts = {
         "data": str(data.root),
         "cases": f"{len(data.splits['test'])} test",

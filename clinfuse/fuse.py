@@ -1,9 +1,12 @@
 """Fuse one patient: ``python -m clinfuse.fuse run=RUN mri=A.nii.gz ct=B.nii.gz out=FOLDER``.
 
 With ``preset=stroke,bone_tumor`` once under each of these presets, side by side in one report.
+Scans that are DICOM folders are prepared first, as ``clinfuse.prepare`` does it.
 """
 
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import hydra
 import lightning
 import pandas as pd
+import SimpleITK as sitk
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -31,9 +35,13 @@ from clinfuse.configuration import (
     with_other_guidance,
 )
 from clinfuse.data.paired_volumes import study_item
-from clinfuse.data.studies import STUDY_FILES, Study, load_pair
+from clinfuse.data.studies import STUDY_FILES, Study, load_pair, load_study
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.objective import lesion_probability
+from clinfuse.preparation.derived_series import write_derived_series
+from clinfuse.preparation.identifiers import hashed, is_hashed
+from clinfuse.preparation.reading import read_scan
+from clinfuse.preparation.scan import CaseFiles
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.views import CaseView
 from clinfuse.types import ROI_NAMES, FusionBatch
@@ -83,6 +91,7 @@ def main(cfg: DictConfig | None = None) -> None:
     head. A run that was calibrated also gives interval_low.nii.gz and interval_high.nii.gz, unless
     the command line asks for other guidance, steps or members than it was calibrated with.
     Of several presets each writes into a folder of its name, and report.html compares them.
+    For scans that came as DICOM, dicom/ holds the fused volume as a derived series.
 
     Args:
         cfg: None reads the command line.
@@ -124,6 +133,7 @@ def fuse(cfg: DictConfig) -> None:
         fusions.append(fusion)
         folder = Path(cfg.out) / (fusion.preset if len(settings) > 1 else "")
         write_volumes(folder, study, fusion.volumes)
+        write_dicom(folder, cfg)
         print(f"fused: {folder / 'fused.nii.gz'}")
     for sentence in dict.fromkeys(sentence for fusion in fusions for sentence in fusion.missing):
         print(sentence)
@@ -158,10 +168,60 @@ def with_preset(run: DictConfig, cfg: DictConfig, preset: str) -> DictConfig:
 
 
 def read_study(cfg: DictConfig, saved: DictConfig) -> Study:
-    """The files named on the command line as a study, mapped as the run's own data were."""
-    files = {name: cfg[name] for name in STUDY_FILES if cfg.get(name)}
-    name = Path(cfg.mri).name.removesuffix(".gz").removesuffix(".nii")
-    return load_pair(files, name, None, saved.data.ct_map, cfg.cache_dir)
+    """The files named on the command line as a study, mapped as the run's own data were.
+
+    DICOM becomes a study folder first, ``out/study``: registered, resampled once, masked.
+
+    Raises:
+        ValueError: scans that cannot be prepared, beside what ``load_pair`` raises.
+    """
+    files = {name: Path(cfg[name]) for name in STUDY_FILES if cfg.get(name)}
+    name = shown_name(cfg)
+    if not any(files[scan].is_dir() for scan in ("mri", "ct")):
+        return load_pair(files, name, None, saved.data.ct_map, cfg.cache_dir)
+    kept = Path(cfg.out) / "study"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cfg.out, prefix=".preparing.") as folder:
+        preparation = instantiate(cfg.preparation, _convert_="all")
+        made = preparation(CaseFiles("study", name, files), Path(folder))
+        said = "; ".join(made.quality.reasons)
+        if made.is_refused:
+            raise ValueError(f"expected scans that can be registered and masked, got: {said}")
+        print(f"prepared: {made.quality.verdict}{said and ': '}{said}")
+        shutil.rmtree(kept, ignore_errors=True)
+        made.folder.replace(kept)
+    return replace(load_study(kept, saved.data.ct_map, cfg.cache_dir), case_id=name)
+
+
+def shown_name(cfg: DictConfig) -> str:
+    """What the patient is called in what is written: a hash, unless names are to be kept.
+
+    Of the patient that DICOM names, else of the MRI's file, or of its folder if the file is called
+    ``mri``. What is a hash already stays.
+    """
+    path = Path(cfg.mri)
+    if path.is_dir():
+        name = read_scan(path, cfg.series.get("mri")).patient or path.name
+    else:
+        name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+        name = path.resolve().parent.name if name == "mri" else name
+    return name if cfg.keep_ids or is_hashed(name) else hashed(name, cfg.salt)
+
+
+def write_dicom(folder: Path, cfg: DictConfig) -> None:
+    """``fused.nii.gz`` as a derived DICOM series beside it, for scans that came as DICOM."""
+    if not Path(cfg.mri).is_dir():
+        return
+    shutil.rmtree(folder / "dicom", ignore_errors=True)
+    files = write_derived_series(
+        folder / "dicom",
+        sitk.ReadImage(folder / "fused.nii.gz"),
+        Path(cfg.mri),
+        cfg.series.get("mri"),
+        keep_ids=cfg.keep_ids,
+        salt=cfg.salt,
+    )
+    print(f"DICOM: {len(files)} slices in {folder / 'dicom'}")
 
 
 def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
@@ -264,8 +324,8 @@ def report_of(fusions: Sequence[Fusion], study: Study, cfg: DictConfig) -> Path:
         "preset" if is_one else "presets": ", ".join(fusion.preset for fusion in fusions),
         **({"weights": first.weights} if is_one else {}),
         **shared_facts(fusions),
-        "mri": str(cfg.mri),
-        "ct": f"{cfg.ct} ({study.ct_units})",
+        "mri": str(cfg.mri) if cfg.keep_ids else study.case_id,
+        "ct": f"{cfg.ct if cfg.keep_ids else study.case_id} ({study.ct_units})",
         "masks": ", ".join(f"{roi}: {source}" for roi, source in study.mask_source.items()),
         **run_facts(),
     }

@@ -105,3 +105,18 @@ class FusionBatch:
     def _tensors(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+@dataclass
+class SliceBatch(FusionBatch):
+    """A batch of 2-D pairs, rows from top to bottom as in their files.
+
+    ``mri`` is the anatomical source of the pair and ``ct`` the luma of the other: CT, PET, SPECT,
+    fluorescence or visible light. Real pairs have no reference and no noise-free originals.
+
+    Attributes:
+        chroma: Cb and Cr of the second source, which a method does not see, moved as ``ct`` is;
+            zero where that is grey, None where it is grey by its kind.
+    """
+
+    chroma: Float[Tensor, "b 2 *dhw"] | None = None

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
+from clinfuse.data.slices import colour_picture, write_colour
 from clinfuse.functional.calibration import total_variance
 from clinfuse.functional.surface import NO_SURFACE_MM, signed_distance_mm
 from clinfuse.methods.base import FusionMethod
@@ -22,7 +23,7 @@ from clinfuse.methods.rules import MaskComposite
 from clinfuse.metrics.calibration import Calibration, Reliability
 from clinfuse.metrics.regional import LESION_THRESHOLD
 from clinfuse.metrics.suite import Row, case_metrics
-from clinfuse.reporting.figures import reliability_figure, save_figures
+from clinfuse.reporting.figures import pictures_figure, reliability_figure, save_figures
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.rows import case_rows, write_rows
 from clinfuse.reporting.tables import (
@@ -32,7 +33,7 @@ from clinfuse.reporting.tables import (
     print_table,
 )
 from clinfuse.reporting.views import CaseView
-from clinfuse.types import FusionBatch
+from clinfuse.types import FusionBatch, SliceBatch
 
 MASK_SOURCES = ("expert", "automatic", "none")
 
@@ -40,6 +41,11 @@ RELIABILITY_TEXT = (
     "Voxels of all test cases, grouped by the error that the uncertainty states for them. On the "
     "dashed line it is the error found; above it the uncertainty says too little. The calibration "
     "was fitted on validation cases."
+)
+
+PAIRS_TEXT = (
+    "The first pairs tested: the source fused as MRI, the one fused as CT, and the fused picture: "
+    "its luma is the method's, its hue the second source's. The folder fused has all of them."
 )
 
 _NO_CHIPS = frozenset(
@@ -53,7 +59,8 @@ class CaseRecorder(Callback):
     """Collects per-case rows and pictures while methods are tested, one after another.
 
     Each test dataloader is one misregistration amplitude, in the order of
-    ``datamodule.misregistration_mm``.
+    ``datamodule.misregistration_mm``. Of 2-D pairs every fused picture at the smallest amplitude is
+    written, in colour where they have some, as ``fused/METHOD/CASE.png``.
 
     Args:
         folder: where ``write`` puts ``cases.csv``, ``figures/`` and ``report.html``.
@@ -104,6 +111,8 @@ class CaseRecorder(Callback):
         }
         self.rows: list[dict[str, Any]] = []
         self.views: list[CaseView] = []
+        self.pairs: list[dict[str, Image.Image]] = []
+        self._fused_folders: dict[str, tuple[str, str, int]] = {}
 
     def on_test_batch_start(
         self,
@@ -145,7 +154,10 @@ class CaseRecorder(Callback):
         scores = case_metrics(
             fused, batch, probability, spread, calibration=self.calibration, roi=roi
         )
-        if self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer):
+        if isinstance(batch, SliceBatch):
+            if amplitude_mm == min(trainer.datamodule.misregistration_mm):  # type: ignore[attr-defined]
+                self._take_pictures(batch, fused)
+        elif self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer):
             self._take_reliability(batch, fused, spread, roi)
         for index, (case_id, case_scores) in enumerate(zip(batch.case_id, scores, strict=True)):
             self.rows += case_rows(
@@ -158,7 +170,7 @@ class CaseRecorder(Callback):
                 mask_source=self.mask_source,
                 steps=int(getattr(pl_module, "steps", 0)),
             )
-            if self._wants_picture(trainer, amplitude_mm):
+            if self._wants_picture(trainer, amplitude_mm) and not isinstance(batch, SliceBatch):
                 caption = f"{self.method}, preset {self.preset}, CT moved by {amplitude_mm:g} mm"
                 self.views.append(
                     case_view(
@@ -185,6 +197,9 @@ class CaseRecorder(Callback):
         if len(seen := conspicuity_table(self.rows)):
             tables["Conspicuity of findings"] = seen
         save_figures(self.folder / "figures", self.views, table, self.pictures_of, charts)
+        shown = {name.capitalize(): (figure, RELIABILITY_TEXT) for name, figure in charts.items()}
+        if self.pairs:
+            shown["Pairs"] = (pictures_figure(self.pairs), PAIRS_TEXT)
         report = write_report(
             self.folder / "report.html",
             self.title,
@@ -192,7 +207,7 @@ class CaseRecorder(Callback):
             tables,
             self.facts,
             self.pictures_of,
-            {name.capitalize(): (figure, RELIABILITY_TEXT) for name, figure in charts.items()},
+            shown,
         )
         print_table(table, self.title)
         return report
@@ -218,6 +233,27 @@ class CaseRecorder(Callback):
         for channel, kinds in enumerate(self.reliability.values()):
             for kind, std in stds.items():
                 kinds[kind].update(std, error, roi[:, channel : channel + 1])
+
+    def _take_pictures(self, batch: SliceBatch, fused: Float[Tensor, "b 1 h w"]) -> None:
+        folder = self._fused_folder()
+        for index, case_id in enumerate(batch.case_id):
+            chroma = None if batch.chroma is None else batch.chroma[index]
+            write_colour(folder / f"{case_id}.png", fused[index], chroma)
+            if self.method == self.pictures_of and len(self.pairs) < self.pictures:
+                sources = {
+                    "Fused as MRI": colour_picture(batch.mri[index], None),
+                    "Fused as CT": colour_picture(batch.ct[index], chroma),
+                }
+                result = {f"{self.method}: {case_id}": colour_picture(fused[index], chroma)}
+                self.pairs.append(sources | result)
+
+    def _fused_folder(self) -> Path:
+        """The method's own; runs of one method under several presets or seeds are told apart."""
+        mine = (self.method, self.preset, self.seed)
+        for name in (self.method, f"{self.method}_{self.preset}_seed_{self.seed}"):
+            if self._fused_folders.setdefault(name, mine) == mine:
+                break
+        return self.folder / "fused" / name
 
     def _shown_mm(self, trainer: Trainer) -> float:
         tested = trainer.datamodule.misregistration_mm  # type: ignore[attr-defined]

@@ -11,22 +11,63 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 
+SPLITS_FILES = ("splits.json", "split_info.json")
+"""What a cohort's lists may be called, beside ``splits/{train,val,test}.txt``."""
+
 Splits = dict[str, list[str]]
 """Case ids of each of ``SPLITS``."""
 
 
 def read_splits(root: Path | str) -> Splits | None:
-    """Case lists of a cohort from ``splits.json`` or ``splits/{train,val,test}.txt``; else None.
+    """Case lists of a cohort from the first of ``SPLITS_FILES`` that it has; else None.
 
     Raises:
-        ValueError: unreadable, a list missing, or a patient in two lists or twice in one.
+        ValueError: unreadable, a list missing, or a case in two lists or twice in one.
     """
     root = Path(root)
-    if (root / "splits.json").is_file():
-        return _from_json(root / "splits.json")
+    for name in SPLITS_FILES:
+        if (root / name).is_file():
+            return read_splits_file(root / name)
     if (root / "splits").is_dir():
         return _from_text(root / "splits")
     return None
+
+
+def read_splits_file(path: Path | str) -> Splits:
+    """Case lists from a JSON file: train, val and test, by themselves or under ``splits``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, a list missing, or a case in two lists or twice in one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a JSON file with lists {SPLITS}, found none: {path}")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected JSON with lists {SPLITS}, got {error}: {path}") from error
+    lists = content.get("splits", content) if isinstance(content, dict) else content
+    if not isinstance(lists, dict) or any(not isinstance(lists.get(s), list) for s in SPLITS):
+        got = sorted(lists) if isinstance(lists, dict) else type(lists).__name__
+        raise ValueError(f"expected JSON with lists {SPLITS}, got {got}: {path}")
+    return _checked({split: [str(case) for case in lists[split]] for split in SPLITS}, path)
+
+
+def write_splits(path: Path | str, splits: Mapping[str, Sequence[str]], source: str) -> None:
+    """Record case lists as JSON that ``read_splits_file`` reads; ``source`` says where from.
+
+    The file appears whole or not at all.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {**{split: list(splits[split]) for split in SPLITS}, "source": source}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def make_splits(
@@ -82,17 +123,6 @@ def check_splits(
                     f"expected each patient in one list, got {patient!r} in {other} "
                     f"(as {other_case!r}) and {split} (as {case!r}): {source}"
                 )
-
-
-def _from_json(path: Path) -> Splits:
-    try:
-        lists = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected JSON with lists {SPLITS}, got {error}: {path}") from error
-    if not isinstance(lists, dict) or any(not isinstance(lists.get(s), list) for s in SPLITS):
-        got = sorted(lists) if isinstance(lists, dict) else type(lists).__name__
-        raise ValueError(f"expected JSON with lists {SPLITS}, got {got}: {path}")
-    return _checked({split: [str(case) for case in lists[split]] for split in SPLITS}, path)
 
 
 def _from_text(folder: Path) -> Splits:

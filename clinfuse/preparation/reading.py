@@ -81,6 +81,8 @@ def looks_like_ct(image: sitk.Image) -> bool | None:
     """
     values = sitk.GetArrayViewFromImage(image)
     low = values < -200
+    if low.all():
+        return None
     if low.mean() > 1e-3:
         air = (values[low] <= -800).mean()
         return True if air > 0.2 and _share(values[~low], *SOFT_TISSUE_HU) > 0.2 else None

@@ -161,6 +161,33 @@ def reliability_figure(
     return figure
 
 
+def pictures_figure(
+    rows: Sequence[Mapping[str, Image.Image]], width_in: float = 2.6, largest_px: int = 384
+) -> Figure:
+    """Pictures as they are, one row a case, each under its name: levels and colours unchanged.
+
+    Args:
+        rows: pictures by name, as many in every row.
+        width_in: of a column.
+        largest_px: pictures larger than this are reduced to it.
+    """
+    shown = [{name: image.copy() for name, image in row.items()} for row in rows]
+    for row in shown:
+        for image in row.values():
+            image.thumbnail((largest_px, largest_px))
+    heights = [max(i.height / i.width for i in row.values()) for row in shown]
+    columns = len(shown[0])
+    size = (width_in * columns, sum(width_in * h + 0.3 for h in heights))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(shown), columns, squeeze=False, height_ratios=heights)
+    for row, line in zip(shown, grid, strict=True):
+        for (name, image), axes in zip(row.items(), line, strict=True):
+            axes.imshow(image.convert("RGB"), interpolation="none")
+            axes.set_title(name, fontsize=8, loc="left", color=INK, pad=3)
+            axes.set_axis_off()
+    return figure
+
+
 def save_figures(
     folder: str | Path,
     cases: Sequence[CaseView],

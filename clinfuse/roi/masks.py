@@ -9,11 +9,18 @@ from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
+import SimpleITK as sitk
 from jaxtyping import Bool, Shaped
 from scipy.ndimage import binary_fill_holes, binary_opening, distance_transform_edt, label
 
 BONE_HU, BONE_8BIT = 300.0, 240.0
 """Bone is above: trabecular bone and partial volume of thin plates are; blood and contrast not."""
+
+TABLE_HU = 550.0
+"""Half-way from soft tissue to compact bone: a voxel at the skull's edge that is half bone."""
+
+DIPLOE_MM = 5.0
+"""Half-width of spongy bone, which may be under ``TABLE_HU``, between the skull's tables."""
 
 TISSUE_HU, TISSUE_8BIT = (-30.0, 120.0), (12.0, 240.0)
 """Brain, CSF and fresh blood are between; fat and air below, thin bone and calcium above."""
@@ -43,7 +50,9 @@ def bone_mask(
     """The skull, with face and vertebrae where they are in view.
 
     Dense voxels of the head, less small specks and less what floats inside the skull without
-    touching it: calcification, haemorrhage, coils.
+    touching it: calcification, haemorrhage, coils. In HU the edge is where a voxel is half bone,
+    which on thick slices is far within what is dense, and spongy bone counts between two tables.
+    An 8-bit window does not tell, and bone comes out thicker. A head frame that touches counts.
 
     Args:
         ct: in HU, or in an 8-bit window.
@@ -59,7 +68,8 @@ def bone_mask(
     skull = parts == volume_ml.argmax()
     outside = np.unique(parts[dense & ~_filled(skull)])
     kept = np.intersect1d(outside, np.flatnonzero(volume_ml > 0.5))
-    return skull | np.isin(parts, kept)
+    bone = skull | np.isin(parts, kept)
+    return bone & _closed(bone & (ct > TABLE_HU), spacing_mm) if is_hu else bone
 
 
 def brain_mask(
@@ -77,7 +87,7 @@ def brain_mask(
         spacing_mm: voxel size.
     """
     low, high = TISSUE_HU if ct.min() < -200 else TISSUE_8BIT
-    inside = (ct > low) & ~bone & _enclosed(bone | (ct >= high))
+    inside = (ct > low) & ~bone & enclosed(bone | (ct >= high))
     core = _largest(distance_transform_edt(inside & (ct < high), spacing_mm) > NECK_MM)
     if not core.any():
         return core
@@ -85,7 +95,16 @@ def brain_mask(
     return _filled(near & inside) & ~bone
 
 
-def _enclosed(bone: np.ndarray) -> np.ndarray:
+def _closed(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+    """The mask with gaps of up to ``DIPLOE_MM`` to both sides closed."""
+    radius = [int(DIPLOE_MM / size + 1e-6) for size in reversed(spacing_mm)]
+    closed = sitk.BinaryMorphologicalClosing(
+        sitk.GetImageFromArray(mask.astype(np.uint8)), radius, sitk.sitkBall
+    )
+    return sitk.GetArrayFromImage(closed) > 0
+
+
+def enclosed(bone: Bool[np.ndarray, "d h w"]) -> Bool[np.ndarray, "d h w"]:
     """Voxels from which 6 of 8 rays in the slice meet bone: gaps are fissures or a craniotomy."""
     rays = [ray for ray in product((-1, 0, 1), repeat=2) if ray != (0, 0)]
     hits = np.zeros(bone.shape, np.uint8)

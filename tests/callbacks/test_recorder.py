@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from clinfuse.callbacks.recorder import CaseRecorder, RunReport, case_view, summary_of
+from clinfuse.data.paired_slices import PairedSlices
 from clinfuse.functional.psnr import psnr
 from clinfuse.functional.surface import dice, signed_distance_mm
 from clinfuse.methods.base import FusionMethod
@@ -328,3 +329,21 @@ def test_the_reliability_diagram_of_a_training_run_reaches_wandb(tmp_path, data,
     (logged,) = tmp_path.glob("wandb/offline-run-*/files/media/images/reliability*.png")
     written = tmp_path / "figures" / "reliability.png"
     assert Image.open(logged).size == Image.open(written).size
+
+
+def test_slices_are_written_once_at_the_smallest_amplitude_and_runs_of_one_method_kept_apart(
+    tmp_path,
+):
+    for folder, colour in (("vi", (200, 100, 0)), ("ir", (80, 80, 80))):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        Image.new("RGB", (16, 12), colour).save(tmp_path / "set" / folder / "a.png")
+    amplitudes = {"misregistration_mm": [2.0, 0.0], "splits": {"test": ["a"]}}
+    data = PairedSlices(tmp_path / "set", "vis_ir", **amplitudes)
+    recorder = recorder_in(tmp_path)
+    for weight, recorder.seed in ((0.0, 3), (1.0, 4)):
+        scored({"weighted": Weighted(weight)}, recorder, data)
+    fused = [tmp_path / "fused" / name / "a.png" for name in ("weighted", "weighted_stroke_seed_4")]
+    visible, infrared = (Image.open(path) for path in fused)
+    assert set(visible.getdata()) == {(200, 100, 0)}  # all of it, unmoved
+    assert visible.size == infrared.size == (16, 12)
+    assert {round(0.299 * r + 0.587 * g + 0.114 * b) for r, g, b in infrared.getdata()} == {80}

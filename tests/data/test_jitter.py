@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torchio as tio
+from scipy.spatial.transform import Rotation
 from scipy.stats import kstest
 
 from clinfuse.data.jitter import (
@@ -187,3 +188,52 @@ def test_a_movement_about_another_centre_is_the_same_movement():
     local = about_another_centre(matrix, centre_mm)
     again = (points_mm - centre_mm) @ local[:3, :3].T + local[:3, 3] + centre_mm
     torch.testing.assert_close(again, moved)
+
+
+PLACES_MM = ((0.0, 0.0, 0.0), (0.0, 48.0, 0.0), (0.0, 0.0, -48.0))
+"""Of three spots: at the grid's centre, in front of it and beside it."""
+
+
+def spots(spacing_mm):
+    """Where the voxels lie, and spots of 5 mm s.d. at three places, on a grid of 90 x 150² mm."""
+    sizes = [round(mm / size) for mm, size in zip((90, 150, 150), spacing_mm, strict=True)]
+    axes = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(sizes, spacing_mm, strict=True)]
+    points_mm = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+    squares = [((points_mm - place) ** 2).sum(-1) for place in PLACES_MM]
+    return points_mm, torch.from_numpy(sum(np.exp(-s / 50) for s in squares)).float()[None]
+
+
+def seen_motion(points_mm, moved):
+    """Shift and rotation of the spots, from the centroid of what is bright near each of them."""
+    bright = moved[0].double().numpy().clip(min=0)
+    near = [np.linalg.norm(points_mm - place, axis=-1) < 24 for place in PLACES_MM]
+    centre, *others = [np.average(points_mm[n], axis=0, weights=bright[n]) for n in near]
+    arms = [other - centre for other in others]
+    return centre, Rotation.align_vectors(arms, PLACES_MM[1:])[0]
+
+
+@pytest.mark.parametrize("spacing_mm", [(5.0, 0.9, 0.9), (4.0, 4.0, 4.0)])
+@pytest.mark.parametrize("amplitude", [1.0, 4.0])
+def test_spots_are_seen_to_move_by_the_millimetres_and_degrees_stated(spacing_mm, amplitude):
+    points_mm, volume = spots(spacing_mm)
+    for case in ("case_00", "case_01", "case_02"):
+        matrix = fixed_misregistration(case, amplitude, amplitude)
+        shift_mm, rotation = seen_motion(points_mm, move(volume, matrix, spacing_mm, fill=0.0))
+        # a centroid's error: where a spot's tails leave what is near, 4 mm further out
+        assert np.linalg.norm(shift_mm) == pytest.approx(amplitude, abs=0.03)
+        assert np.degrees(rotation.magnitude()) == pytest.approx(amplitude, abs=0.05)
+
+
+@pytest.mark.parametrize("spacing_mm", [(5.0, 0.9, 0.9), (4.0, 4.0, 4.0)])
+def test_jitter_is_seen_to_fill_its_range_along_every_axis_and_not_to_leave_it(spacing_mm):
+    points_mm, volume = spots(spacing_mm)
+    generator, jitter = torch.Generator().manual_seed(0), RegistrationJitter(3.0, 2.0, 1.0)
+    seen = [
+        seen_motion(points_mm, move(volume, jitter.draw(generator), spacing_mm, fill=0.0))
+        for _ in range(25)
+    ]
+    shifts = np.abs([shift_mm for shift_mm, _ in seen])
+    turns = np.abs([rotation.as_euler("ZXY", degrees=True) for _, rotation in seen])
+    # that 25 uniform draws all stay under 0.75 of the range has a probability of 0.0008
+    assert (shifts.max(0) < 3.03).all() and (shifts.max(0) > 0.75 * 3).all()
+    assert (turns.max(0) < 2.05).all() and (turns.max(0) > 0.75 * 2).all()

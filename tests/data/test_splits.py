@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clinfuse.data.splits import check_splits, make_splits, read_splits
+from clinfuse.data.splits import (
+    check_splits,
+    make_splits,
+    read_splits,
+    read_splits_file,
+    write_splits,
+)
 
 CASES = [f"case_{i:03d}" for i in range(60)]
 
@@ -88,3 +94,21 @@ def test_one_patient_scanned_twice_may_not_train_and_test():
     check_splits(splits)
     with pytest.raises(ValueError, match=r"'anna' in train \(as 'monday'\) and test"):
         check_splits(splits, {"monday": "anna", "friday": "anna"})
+
+
+def test_split_info_is_read_like_splits_which_comes_first(tmp_path):
+    splits = {"train": ["a", "b"], "val": ["c"], "test": []}
+    (tmp_path / "split_info.json").write_text(json.dumps({"splits": splits, "made_by": "hand"}))
+    assert read_splits(tmp_path) == splits
+    write_splits(tmp_path / "splits.json", {**splits, "test": ["d"]}, "here")
+    assert read_splits(tmp_path) == {**splits, "test": ["d"]}
+
+
+def test_written_splits_are_read_again_and_say_where_they_came_from(tmp_path):
+    splits = make_splits(CASES)
+    write_splits(tmp_path / "run" / "splits.json", splits, "made by patient")
+    assert read_splits_file(tmp_path / "run" / "splits.json") == splits
+    assert json.loads((tmp_path / "run" / "splits.json").read_text())["source"] == "made by patient"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["splits.json"]
+    with pytest.raises(FileNotFoundError, match="expected a JSON file with lists"):
+        read_splits_file(tmp_path / "absent.json")

@@ -1,3 +1,4 @@
+import base64
 import io
 import math
 import re
@@ -15,6 +16,7 @@ from clinfuse.reporting.figures import (
     case_figure,
     figure_png,
     figure_svg,
+    pictures_figure,
     reliability_figure,
     robustness_figure,
     save_figures,
@@ -198,3 +200,21 @@ def test_charts_are_written_beside_the_cases_under_their_names(tmp_path, table):
     chart = Figure()
     written = save_figures(tmp_path, [noisy_case("chart")], table, charts={"chart": chart})
     assert [path.name for path in written] == ["chart_2.png", "robustness.png", "chart.png"]
+
+
+def test_pictures_are_shown_in_their_own_levels_and_colours():
+    random = np.random.default_rng(0)
+    colour, grey = (random.integers(0, 256, s, dtype=np.uint8) for s in ((20, 30, 3), (20, 30)))
+    row = {"colour": Image.fromarray(colour), "grey": Image.fromarray(grey)}
+    svg = figure_svg(pictures_figure([row, row]))
+    embedded = re.findall(r'href="data:image/png;base64,([^"]+)"', svg)
+    assert len(embedded) == 4
+    shown = [Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB") for text in embedded[:2]]
+    np.testing.assert_array_equal(shown[0], colour)
+    np.testing.assert_array_equal(shown[1], np.stack([grey] * 3, -1))
+
+
+def test_large_pictures_are_reduced_for_the_figure_and_left_as_they_are():
+    large = Image.fromarray(np.zeros((900, 600), np.uint8))
+    axes = pictures_figure([{"large": large}], largest_px=90).axes[0]
+    assert axes.images[0].get_array().shape[:2] == (90, 60) and large.size == (600, 900)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clinfuse.roi.masks import bone_mask, brain_mask, head_mask
+from clinfuse.data.phantoms import make_phantom
+from clinfuse.roi.masks import bone_mask, brain_mask, enclosed, head_mask
 
 SPACINGS_MM = [(5.0, 0.9, 0.9), (2.0, 2.0, 2.0), (4.0, 2.0, 2.0)]
 SHARED = Path(os.environ.get("CLINFUSE_DATA", Path(__file__).parents[3] / "shared/data"))
@@ -70,6 +71,41 @@ def test_brain_and_skull_are_found_at_every_spacing_in_hu_and_in_eight_bits(spac
     assert (brain & others["globe"]).sum() < 0.02 * others["globe"].sum()
     assert (brain & ~true_brain).sum() < 0.01 * true_brain.sum()
     assert not (bone & others["table"]).any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm"),
+    [
+        ((30, 256, 256), (5.0, 0.9, 0.9)),
+        pytest.param((160, 240, 208), (1.0, 1.0, 1.0), marks=pytest.mark.slow),
+    ],
+)
+def test_phantoms_with_noise_and_partial_volume_have_their_true_brain_and_bone(shape, spacing_mm):
+    phantom = make_phantom(0, 11, shape, spacing_mm)
+    bone = bone_mask(phantom.ct_hu, spacing_mm, is_hu=True)
+    assert dice(bone, phantom.bone) > 0.90
+    assert dice(brain_mask(phantom.ct_hu, bone, spacing_mm), phantom.brain) > 0.95
+
+
+def test_a_voxel_that_is_mostly_tissue_is_no_bone_and_spongy_bone_between_tables_is():
+    ct = np.full((9, 60, 60), 40.0, np.float32)
+    ct[:, 5:55, 5:55] = 1000
+    ct[:, 8:52, 8:52] = 400  # spongy bone between the tables
+    ct[:, 11:49, 11:49] = 1000
+    ct[:, 14:46, 14:46] = 350  # one third bone: partial volume
+    ct[:, 16:44, 16:44] = 40
+    ct[:, :3] = ct[:, -3:] = -1000
+    bone = bone_mask(ct, (5.0, 1.0, 1.0), is_hu=True)
+    assert bone[4, 9, 20:40].all() and bone[4, 12, 20:40].all() and bone[4, 6, 20:40].all()
+    assert not bone[4, 14:46, 24:36].any()  # corners, which heads have none of, are rounded
+
+
+def test_enclosed_is_what_sees_bone_on_nearly_all_sides():
+    ring = np.zeros((1, 40, 40), bool)
+    ring[0, 10:30, 10:30] = True
+    ring[0, 12:28, 12:28] = False
+    assert enclosed(ring)[0, 14:26, 14:26].all()
+    assert not enclosed(ring)[0, :9].any() and not enclosed(ring)[0, :, 31:].any()
 
 
 def test_a_craniotomy_lets_neither_the_brain_out_nor_the_scalp_in():

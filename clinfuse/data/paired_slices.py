@@ -1,0 +1,419 @@
+"""Sets of 2-D pairs as batches: patches for training, whole pictures for evaluation."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clinfuse.data.jitter import CT_AIR, RegistrationJitter, move, move_mask
+from clinfuse.data.paired_volumes import Draw, DrawSampler, collate_batches
+from clinfuse.data.slices import Pair, Slice, find_pairs, kind_named, patients_of, read_pair
+from clinfuse.data.splits import (
+    SPLITS,
+    Splits,
+    check_splits,
+    make_splits,
+    read_splits,
+    read_splits_file,
+    write_splits,
+)
+from clinfuse.functional.surface import NO_SURFACE_MM
+from clinfuse.functional.warp import rigid_matrix
+from clinfuse.types import SliceBatch
+
+log = logging.getLogger(__name__)
+
+EVERYTHING = "all"
+"""In a list of pairs: every pair of the set."""
+
+
+def jitter_in_plane(jitter: RegistrationJitter, generator: torch.Generator) -> Float[Tensor, "3 3"]:
+    """One draw of the jitter for a slice: a shift along h and w, and a turn within it.
+
+    Uniform in ±``max_mm`` and ±``max_deg``. The generator advances equally whether or not it moves.
+    """
+    moves = torch.rand((), generator=generator, dtype=torch.float64) < jitter.probability
+    uniform = 2 * torch.rand(3, generator=generator, dtype=torch.float64) - 1
+    if not moves:
+        return torch.eye(3, dtype=torch.float64)
+    return _in_plane(uniform[:2] * jitter.max_mm, float(uniform[2] * jitter.max_deg))
+
+
+def fixed_in_plane(
+    case_id: str, amplitude_mm: float | int, amplitude_deg: float | int, seed: int = 0
+) -> Float[Tensor, "3 3"]:
+    """A shift of exactly ``amplitude_mm`` in the slice and a turn of exactly ``amplitude_deg``.
+
+    Direction and sense depend on seed and case alone: the same for every method and amplitude.
+    """
+    digest = hashlib.sha256(f"{seed}/{case_id}".encode()).digest()
+    random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    angle, sense = 2 * math.pi * random.random(), random.choice((-1.0, 1.0))
+    direction = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    return _in_plane(amplitude_mm * direction, sense * amplitude_deg)
+
+
+def slice_item(pair: Slice, misregistration: Float[Tensor, "3 3"]) -> SliceBatch:
+    """A batch of one pair whose second source, its chroma and its bone mask have moved.
+
+    What comes in from outside is black and grey. There is no reference: nobody knows how a real
+    pair should look when fused.
+    """
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[1:, 1:] = misregistration  # of a volume of one slice, which stays in its plane
+    spacing_mm = (1.0, *pair.spacing_mm)
+
+    def moved(picture: Tensor, fill: float) -> Tensor:
+        channels = [move(channel[None, None], matrix, spacing_mm, fill) for channel in picture]
+        return torch.cat(channels)[None, :, 0]
+
+    clean_roi = pair.roi[None]
+    bone = move_mask(pair.roi[1][None, None], matrix, spacing_mm)
+    mri, clean_ct = pair.mri[None], pair.ct[None]
+    return SliceBatch(
+        mri=mri,
+        ct=moved(pair.ct, CT_AIR).clamp(-1, 1),
+        roi=torch.cat((clean_roi[:, :1], bone, clean_roi[:, 2:]), 1),
+        spacing_mm=torch.tensor([pair.spacing_mm]),
+        case_id=[pair.case_id],
+        clean_mri=mri,
+        clean_ct=clean_ct,
+        clean_roi=clean_roi,
+        lesion_distance_mm=torch.full_like(mri, NO_SURFACE_MM),
+        misregistration=misregistration.float()[None],
+        findings=torch.zeros_like(clean_roi[:, :1]),
+        ct_map=["window_8bit"] if pair.is_ct else [],
+        chroma=None if pair.chroma is None else moved(pair.chroma, 0.0).clamp(-0.5, 0.5),
+    )
+
+
+def random_patch(item: SliceBatch, shape: Sequence[int], generator: torch.Generator) -> SliceBatch:
+    """A patch (h, w) around a random pixel that is not black in both sources.
+
+    Smaller pictures are padded at their lower right with what lies outside. The misregistration is
+    written about the patch's own centre.
+    """
+    size = item.mri.shape[2:]
+    lacking = [max(patch - whole, 0) for whole, patch in zip(size, shape, strict=True)]
+    shown = (item.mri.maximum(item.ct) > CT_AIR)[0, 0]
+    places = (shown if shown.any() else torch.ones_like(shown)).nonzero()
+    around = places[torch.randint(len(places), (), generator=generator)].tolist()
+    start = [
+        min(max(at - patch // 2, 0), max(whole - patch, 0))
+        for at, patch, whole in zip(around, shape, size, strict=True)
+    ]
+    h, w = (slice(first, first + n) for first, n in zip(start, shape, strict=True))
+
+    def cut(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            return value
+        sides = (0, lacking[1], 0, lacking[0])  # F.pad: the last axis first
+        return F.pad(value, sides, value=_OUTSIDE.get(name, 0))[..., h, w].contiguous()
+
+    patch = SliceBatch(**{name: cut(name, value) for name, value in vars(item).items()})
+    assert item.misregistration is not None
+    from_centre = [f + (n - whole) / 2 for f, n, whole in zip(start, shape, size, strict=True)]
+    centre_mm = torch.tensor(from_centre) * item.spacing_mm[0]
+    matrix = item.misregistration.clone()
+    matrix[0, :2, 2] += matrix[0, :2, :2] @ centre_mm - centre_mm
+    patch.misregistration = matrix
+    return patch
+
+
+def collate_slices(items: Sequence[SliceBatch]) -> SliceBatch:
+    """Batches of one as one batch.
+
+    Raises:
+        ValueError: pictures of different sizes, which need patches or a batch size of one.
+    """
+    chroma = [item.chroma for item in items if item.chroma is not None]
+    batch = collate_batches(items)
+    return SliceBatch(**vars(batch), chroma=torch.cat(chroma) if chroma else None)
+
+
+class TrainingSlices(Dataset[SliceBatch]):
+    """Pairs as random training items, indexed by ``Draw``."""
+
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        jitter: RegistrationJitter | None,
+        patch_shape: Sequence[int] | None,
+    ) -> None:
+        self.slices, self.jitter, self.patch_shape = slices, jitter, patch_shape
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, draw: Draw) -> SliceBatch:
+        generator = torch.Generator().manual_seed(draw.seed)
+        jitter = self.jitter or RegistrationJitter(probability=0)
+        item = slice_item(self.slices[draw.case], jitter_in_plane(jitter, generator))
+        return item if self.patch_shape is None else random_patch(item, self.patch_shape, generator)
+
+
+class MisregisteredSlices(Dataset[SliceBatch]):
+    """Whole pairs, each moved by its own fixed direction at one amplitude."""
+
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        amplitude_mm: float | int,
+        amplitude_deg: float | int,
+        seed: int,
+    ) -> None:
+        self.slices, self.seed = slices, seed
+        self.amplitude_mm, self.amplitude_deg = amplitude_mm, amplitude_deg
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, index: int) -> SliceBatch:
+        pair = self.slices[index]
+        return slice_item(
+            pair, fixed_in_plane(pair.case_id, self.amplitude_mm, self.amplitude_deg, self.seed)
+        )
+
+
+class PairedSlices(lightning.LightningDataModule):
+    """A set of 2-D pairs, split by patient and never by slice.
+
+    Args:
+        root: the set's folder, or the one around it (``data.slices.find_pairs``).
+        kind: of ``data.slices.KINDS``: ct_mri, pet_mri, spect_mri, gfp_pc or vis_ir.
+        batch_size: of training; evaluation takes one pair at a time.
+        draws_per_epoch: training items in an epoch; default one for each training pair.
+        jitter: misregistration of training draws, in the plane; None for none.
+        patch_shape: (h, w) of random training patches; None trains on whole pictures.
+        misregistration_mm: amplitudes of ``test_dataloader``, one loader each. Where pictures have
+            no scale (gfp_pc, vis_ir) a millimetre is a pixel.
+        val_misregistration_mm: the amplitude of ``val_dataloader``.
+        misregistration_deg_per_mm: rotation that goes with each millimetre of shift.
+        num_workers: processes that draw; the draws are the same for any number.
+        seed: of draws.
+        misregistration_seed: of the directions of fixed misregistration.
+        splits: names or patients of train, val and test, or ``all``; a list that is left out is
+            empty. Default those of ``splits_file``.
+        splits_file: JSON with such lists. Default ``splits.json`` or ``split_info.json`` in the
+            root; else the folders train, val and test, where the set has them; else 70/15/15 by
+            patient with seed 42 (kept in this object and the run's record, never written to root).
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        kind: str,
+        batch_size: int = 1,
+        draws_per_epoch: int | None = None,
+        jitter: RegistrationJitter | None = None,
+        patch_shape: Sequence[int] | None = None,
+        misregistration_mm: Sequence[float | int] = (0.0,),
+        val_misregistration_mm: float | int = 0.0,
+        misregistration_deg_per_mm: float | int = 1.0,
+        num_workers: int = 0,
+        seed: int = 42,
+        misregistration_seed: int = 0,
+        splits: Mapping[str, Sequence[str | int]] | None = None,
+        splits_file: Path | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.root, self.kind, self.pair_kind = Path(root), kind, kind_named(kind)
+        self.batch_size, self.draws_per_epoch = batch_size, draws_per_epoch
+        self.jitter, self.patch_shape = jitter, patch_shape
+        self.misregistration_mm = tuple(misregistration_mm)
+        self.val_misregistration_mm = val_misregistration_mm
+        self.misregistration_deg_per_mm = misregistration_deg_per_mm
+        self.misregistration_seed = misregistration_seed
+        self.num_workers, self.seed = num_workers, seed
+        self._asked_splits, self._asked_file = splits, splits_file
+        self._pairs: dict[str, Pair] | None = None
+        self._splits: Splits | None = None
+        self._splits_source = ""
+        self._slices: dict[str, Slice] = {}
+
+    @property
+    def pairs(self) -> dict[str, Pair]:
+        """The pairs of the set by name."""
+        if self._pairs is None:
+            self._pairs = {pair.name: pair for pair in find_pairs(self.root, self.pair_kind)}
+        return self._pairs
+
+    @property
+    def splits(self) -> Splits:
+        """Names of the pairs of train, val and test."""
+        if self._splits is None:
+            self._splits, self._splits_source = self._find_splits()
+        return self._splits
+
+    def setup(self, stage: str | None = None) -> None:
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in needed.get(stage or "", SPLITS):
+            self.slices(split)
+
+    def slices(self, split: str) -> list[Slice]:
+        """The pairs of one of train, val and test, read on first use and then kept in memory."""
+        return [self._slice(name) for name in self.splits[split]]
+
+    def train_dataloader(self) -> DataLoader:
+        slices = self._some("train")
+        return DataLoader(
+            TrainingSlices(slices, self.jitter, self.patch_shape),
+            batch_size=self.batch_size,
+            sampler=DrawSampler(len(slices), self.draws_per_epoch or len(slices), self.seed),
+            collate_fn=collate_slices,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        return self._misregistered(self.slices("val"), self.val_misregistration_mm)
+
+    def test_dataloader(self) -> list[DataLoader]:
+        slices = self._some("test")
+        return [self._misregistered(slices, amplitude) for amplitude in self.misregistration_mm]
+
+    def describe(self) -> dict[str, Any]:
+        """Facts of the set for the run's record."""
+        patients, kind = patients_of(list(self.pairs.values()), self.pair_kind), self.pair_kind
+        segmented = "segmented" if kind.is_ct else "absent"
+        return {
+            "root": str(self.root),
+            "kind": self.kind,
+            "splits": self.splits,
+            "splits_source": self._splits_source,
+            "cases": {split: len(names) for split, names in self.splits.items()},
+            "patients": {
+                split: sorted({patients[name] for name in names})
+                for split, names in self.splits.items()
+            },
+            "pixel_mm": kind.pixel_mm,
+            "mask_sources": {"brain": segmented, "bone": segmented, "lesion": "absent"},
+        }
+
+    def write_splits(self, path: Path | str) -> None:
+        """Record the lists as JSON that ``splits_file`` takes."""
+        write_splits(path, self.splits, self._splits_source)
+
+    def _slice(self, name: str) -> Slice:
+        if name not in self._slices:
+            self._slices[name] = read_pair(self.pairs[name], self.pair_kind)
+        return self._slices[name]
+
+    def _some(self, split: str) -> list[Slice]:
+        if not self.splits[split]:
+            raise ValueError(
+                f"expected pairs to {split} with, got none of {len(self.pairs)} "
+                f"(splits: {self._splits_source}): {self.root}"
+            )
+        return self.slices(split)
+
+    def _misregistered(self, slices: Sequence[Slice], amplitude_mm: float | int) -> DataLoader:
+        amplitude_deg = amplitude_mm * self.misregistration_deg_per_mm
+        return DataLoader(
+            MisregisteredSlices(slices, amplitude_mm, amplitude_deg, self.misregistration_seed),
+            batch_size=1,
+            collate_fn=collate_slices,
+            num_workers=self.num_workers,
+        )
+
+    def _find_splits(self) -> tuple[Splits, str]:
+        patients = self._patients()
+        lists, source = self._stated()
+        if lists is None:
+            found = make_splits(sorted(self.pairs), patients)
+            source = "made: 70/15/15 by patient, seed 42"
+            log.info("%s has no splits file: 70/15/15 by patient, seed 42", self.root)
+        else:
+            found = {split: self._names(lists.get(split, ()), source) for split in SPLITS}
+        check_splits(found, patients, source)
+        unused = sorted(set(self.pairs) - {name for split in SPLITS for name in found[split]})
+        if unused:
+            log.info("in no split and not used: %d pairs, %s first", len(unused), unused[0])
+        return found, source
+
+    def _patients(self) -> dict[str, str]:
+        """The patient of each pair, as splits go by it; what cannot be kept apart is said."""
+        pairs = list(self.pairs.values())
+        patients = patients_of(pairs, self.pair_kind)
+        unknown = [pair.name for pair in pairs if pair.case == pair.name]
+        if self.pair_kind.case_pattern and unknown:
+            log.warning(
+                "%s: %d of %d names (%s first) do not say whose slice it is, so a split may leak",
+                self.root, len(unknown), len(pairs), unknown[0],
+            )  # fmt: skip
+        if len(pairs) == 1 or len(set(patients.values())) > 1:
+            return patients
+        log.warning(
+            "%s: all %d pairs are of one patient (cases %s), so any split leaks; it is by case",
+            self.root, len(pairs), ", ".join(sorted({pair.case for pair in pairs})),
+        )  # fmt: skip
+        return {pair.name: pair.case for pair in pairs}
+
+    def _stated(self) -> tuple[Mapping[str, Sequence[str | int]] | None, str]:
+        """The lists of the configuration, of a file or of the folders; and where they are from."""
+        if self._asked_splits is not None:
+            return self._asked_splits, "the configuration"
+        if self._asked_file is not None:
+            return dict(read_splits_file(self._asked_file)), str(self._asked_file)
+        pairs = list(self.pairs.values())
+        has_folders = pairs[0].split is not None
+        folder = pairs[0].mri.parents[2 if has_folders else 1]
+        if has_folders:
+            by_folder = {s: [p.name for p in pairs if p.split == s] for s in SPLITS}
+            self._check_file_agrees(folder, by_folder)
+            return dict(by_folder), f"the folders of {folder}"
+        for place in (self.root, folder):
+            if (read := read_splits(place)) is not None:
+                return dict(read), str(place)
+        return None, ""
+
+    def _check_file_agrees(self, folder: Path, by_folder: Splits) -> None:
+        """Refuse lists beside the folders train, val and test that say something else than they."""
+        try:
+            stated = read_splits(folder)
+        except ValueError as error:  # counts, seeds: of which there is no standard
+            log.info("the folders say what trains: %s", error)
+            return
+        for split, names in by_folder.items():
+            listed = names if stated is None else self._names(stated[split], str(folder))
+            if other := sorted(set(listed) ^ set(names)):
+                raise ValueError(
+                    f"expected lists that agree with the folders, got {other} in one of them alone "
+                    f"for {split}: {folder}"
+                )
+
+    def _names(self, entries: Sequence[str | int], source: str) -> list[str]:
+        """Pairs by their name, by either file's name, or all of a patient's."""
+        known: dict[str, list[str]] = {EVERYTHING: list(self.pairs)}
+        for name, pair in self.pairs.items():
+            known.setdefault(pair.case, []).append(name)
+        for name, pair in self.pairs.items():
+            known |= {key: [name] for key in (name, pair.mri.name, pair.ct.name)}
+        asked = [Path(str(entry)).name for entry in entries]
+        if absent := sorted(set(asked) - set(known)):
+            raise FileNotFoundError(
+                f"expected a pair or a patient for each entry of {source}, no {absent}: {self.root}"
+            )
+        return [name for entry in asked for name in known[entry]]
+
+
+_OUTSIDE = {
+    **dict.fromkeys(("mri", "ct", "clean_mri", "clean_ct"), CT_AIR),
+    "lesion_distance_mm": NO_SURFACE_MM,
+}
+"""What lies beyond a picture's edge: black, and far from any lesion; no colour and no mask."""
+
+
+def _in_plane(shift_mm: Float[Tensor, " 2"], degrees: float) -> Float[Tensor, "3 3"]:
+    turn = torch.tensor([[math.radians(degrees)]], dtype=torch.float64)
+    return rigid_matrix(turn, shift_mm[None].double())[0]

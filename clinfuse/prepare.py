@@ -1,0 +1,148 @@
+"""Raw scans to study folders: ``python -m clinfuse.prepare dataset=template input=A output=B``."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from clinfuse.configuration import (
+    CONFIG_PATH,
+    in_one_sentence,
+    quiet_libraries,
+    register_resolvers,
+    run_facts,
+)
+from clinfuse.data.splits import SPLITS, make_splits, read_splits, write_splits
+from clinfuse.data.volumes import read_volume
+from clinfuse.preparation.download import fetch_all
+from clinfuse.preparation.pipeline import Preparation, Prepared
+from clinfuse.preparation.scan import CaseFiles
+from clinfuse.reporting.cohort import PreparedCase, panels_of, write_cohort_report
+
+log = logging.getLogger(__name__)
+register_resolvers()
+
+REPORT = "quality.html"
+
+LEAST_ROOM_BYTES = 2**20
+"""With less than this free, what could not be written failed for want of room."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A case that became no study, and why."""
+
+    case_id: str
+    reason: str
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="prepare")
+@in_one_sentence
+def main(cfg: DictConfig) -> None:
+    """Write a study folder for each case, splits.json by patient, and quality.html.
+
+    An input that is not there is downloaded, if the cohort's licence and ``conf/dataset`` allow it.
+    A case that cannot be used leaves nothing behind but a row of the report; the others go on, and
+    in the end the exit status says that some are missing. A second run makes what is missing.
+    """
+    quiet_libraries()
+    missing = [name for name in ("input", "output") if OmegaConf.is_missing(cfg, name)]
+    if missing:
+        asked = " ".join(f"{name}=..." for name in missing)
+        raise ValueError(f"expected input and output on the command line, missing {asked}")
+    source, output = Path(cfg.input), Path(cfg.output)
+    if not source.exists():
+        fetch_all(cfg.dataset.source.files, cfg.dataset.source.by_hand, source, Path(cfg.cache_dir))
+    cases = instantiate(cfg.dataset.cases, _convert_="all")(source, output / ".converted")
+    preparation = instantiate(cfg.preparation, _convert_="all")
+    output.mkdir(parents=True, exist_ok=True)
+    studies, unusable = prepare(cases, output, preparation)
+    usable = [study for study in studies if not study.is_refused]
+    if usable:
+        splits_of(usable, output, cfg.split_seed)
+    facts = {
+        "data set": cfg.dataset.name,
+        "cases": f"{len(usable)} of {len(cases)} can be used",
+        "registration": str(cfg.registration.kind),
+        "identifiers": "kept" if preparation.keep_ids else "hashed",
+        **run_facts(),
+    }
+    rows = [prepared_row(study) for study in studies]
+    rows += [PreparedCase(case.case_id, "fail", (case.reason,), {}, None) for case in unusable]
+    path = write_cohort_report(output / REPORT, f"Quality of {cfg.dataset.name}", rows, facts)
+    print(f"studies: {output} ({len(usable)} of {len(cases)} cases)")
+    print(f"report: {path}")
+    sentences = {study.case_id: study.quality.reasons[0] for study in studies if study.is_refused}
+    sentences |= {case.case_id: case.reason for case in unusable}
+    if sentences:
+        raise ValueError(
+            f"expected {len(cases)} cases that can be used, got {len(usable)}; "
+            + "; ".join(f"{case_id}: {sentence}" for case_id, sentence in sentences.items())
+        )
+
+
+def prepare(
+    cases: Sequence[CaseFiles], output: Path, preparation: Preparation
+) -> tuple[list[Prepared], list[Unusable]]:
+    """The cases one by one; what is wrong with one of them does not stop the others.
+
+    Raises:
+        ValueError: the disk is full, which would stop them all.
+    """
+    studies: list[Prepared] = []
+    unusable: list[Unusable] = []
+    for number, case in enumerate(cases, 1):
+        name = preparation.names(case)[0]
+        try:
+            study = preparation(case, output)
+        except (OSError, ValueError) as error:
+            if shutil.disk_usage(output).free < LEAST_ROOM_BYTES:
+                raise ValueError(
+                    f"expected room for the studies, the disk is full after {len(studies)} of "
+                    f"{len(cases)}: {output}; make room and run the same command again"
+                ) from error
+            unusable.append(Unusable(name, preparation.said_of(case, error)))
+            log.warning("%d of %d: %s: %s", number, len(cases), name, unusable[-1].reason)
+            continue
+        studies.append(study)
+        state = study.quality.verdict + (", there already" if study.was_there else "")
+        log.info("%d of %d: %s: %s", number, len(cases), name, state)
+    return studies, unusable
+
+
+def splits_of(prepared: Sequence[Prepared], output: Path, seed: int) -> None:
+    """splits.json by patient; one that is there already is kept, if it has the same cases."""
+    there = read_splits(output)
+    case_ids = [study.case_id for study in prepared]
+    if there is not None and sorted(c for s in SPLITS for c in there[s]) == sorted(case_ids):
+        return
+    patients = {study.case_id: study.patient for study in prepared}
+    splits = make_splits(case_ids, patients, seed)
+    write_splits(output / "splits.json", splits, f"drawn by patient with seed {seed}")
+
+
+def prepared_row(study: Prepared) -> PreparedCase:
+    """A study for the report, its pictures made from its files."""
+    names = ("mri", "ct", "brain_mask", "bone_mask", "lesion_mask")
+    files = {name: study.folder / f"{name}.nii.gz" for name in names}
+    volumes = {name: read_volume(path) for name, path in files.items() if path.is_file()}
+    arrays = {n: v.array > 0.5 if n.endswith("mask") else v.array for n, v in volumes.items()}
+    quality = study.quality
+    return PreparedCase(
+        case_id=study.case_id,
+        verdict=quality.verdict,
+        reasons=quality.reasons,
+        facts=quality.facts,
+        panels=panels_of(arrays, volumes["mri"].spacing_mm),
+        histograms=quality.histograms,
+        notes=quality.notes,
+    )
+
+
+if __name__ == "__main__":
+    main()
