@@ -1,0 +1,125 @@
+"""``clinfuse.prepare`` from the command line: cohorts of one's own, good and bad."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from clinfuse.data.paired_volumes import PairedVolumes
+from clinfuse.data.phantoms import make_phantom
+from clinfuse.preparation.identifiers import hashed
+
+SPACING_MM, SHAPE = (6.0, 4.0, 4.0), (24, 52, 52)
+
+
+def write(path, array):
+    image = sitk.GetImageFromArray(array.astype(np.float32))
+    image.SetSpacing(SPACING_MM[::-1])
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, path)
+
+
+def write_patient(folder, number, ct=True):
+    phantom = make_phantom(number, seed=7, shape=SHAPE, spacing_mm=SPACING_MM)
+    write(folder / "mri.nii.gz", phantom.mri)
+    write(folder / "lesion_mask.nii.gz", phantom.lesion)
+    if ct:
+        write(folder / "ct.nii.gz", phantom.ct_hu)
+
+
+def prepare(*overrides, cwd):
+    return subprocess.run(
+        [
+            sys.executable, "-m", "clinfuse.prepare", "masks=classical",
+            f"hydra.run.dir={cwd / 'log'}", *overrides,
+        ],
+        cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Three patients, one of them scanned twice, and one whose CT is no scan."""
+    folder = tmp_path_factory.mktemp("cohort")
+    write_patient(folder / "in" / "Ann", 0)
+    write_patient(folder / "in" / "Bob", 1)
+    write_patient(folder / "in" / "Cy" / "first", 2)
+    write_patient(folder / "in" / "Cy" / "later", 3)
+    write_patient(folder / "in" / "Dot", 4)
+    (folder / "in" / "Dot" / "ct.nii.gz").write_bytes(b"not a scan")
+    run = prepare(f"input={folder / 'in'}", f"output={folder / 'out'}", cwd=folder)
+    return folder, run
+
+
+def test_usable_cases_become_studies_and_the_exit_status_tells_of_the_other(cohort):
+    folder, run = cohort
+    studies = {path.name for path in (folder / "out").iterdir() if path.name.startswith("P-")}
+    assert studies == {hashed(name) for name in ("Ann", "Bob", "Cy_first", "Cy_later")}
+    assert run.returncode == 1 and "4 of 5 cases" in run.stdout
+    said = [line for line in run.stderr.splitlines() if line.startswith("clinfuse: ")]
+    assert len(said) == 1 and "expected 5 cases that can be used, got 4" in said[0]
+    assert hashed("Dot") in said[0] and "Traceback" not in run.stderr
+
+
+def test_the_report_has_every_case_and_names_none(cohort):
+    folder, _ = cohort
+    report = (folder / "out" / "quality.html").read_text()
+    for name in ("Ann", "Bob", "Cy_first", "Cy_later", "Dot"):
+        assert hashed(name) in report
+    for name in ("Ann", "Bob", "Cy", "Dot"):
+        assert f"/{name}/" not in report and f">{name}<" not in report
+    assert report.index(hashed("Dot")) < report.index(hashed("Ann"))  # the doubtful first
+
+
+def test_the_sessions_of_a_patient_are_in_one_split(cohort):
+    folder, _ = cohort
+    splits = json.loads((folder / "out" / "splits.json").read_text())
+    of_case = {case: split for split in ("train", "val", "test") for case in splits[split]}
+    assert len(of_case) == 4
+    assert of_case[hashed("Cy_first")] == of_case[hashed("Cy_later")]
+
+
+def test_a_second_run_makes_what_was_missing_and_leaves_the_rest(cohort):
+    folder, _ = cohort
+    out = folder / "out"
+    before = {path: path.stat().st_mtime_ns for path in out.glob("P-*/*")}
+    write_patient(folder / "in" / "Dot", 4)
+    run = prepare(f"input={folder / 'in'}", f"output={out}", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "5 of 5 cases" in run.stdout and (out / hashed("Dot") / "study.json").is_file()
+    splits = json.loads((out / "splits.json").read_text())
+    assert any(hashed("Dot") in splits[split] for split in ("train", "val", "test"))
+
+
+def test_the_studies_load_without_another_flag(cohort):
+    folder, _ = cohort
+    data = PairedVolumes(folder / "out")
+    data.setup()
+    assert sum(map(len, data.splits.values())) >= 4
+    batch = next(iter(data.train_dataloader()))
+    assert batch.mri.shape == (1, 1, *SHAPE) and batch.bone.any() and batch.brain.any()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ((), "expected input and output on the command line, missing input=... output=..."),
+        (("input=nowhere", "output=out"), "expected files to fetch, got none for this cohort"),
+        (("input=empty", "output=out"), "expected cases as PATIENT/mri.* and PATIENT/ct.*"),
+        (("input=half", "output=out"), "case Eve: expected ct, found"),
+    ],
+)
+def test_a_wrong_command_ends_in_one_sentence_and_writes_nothing(tmp_path, overrides, sentence):
+    (tmp_path / "empty").mkdir()
+    write_patient(tmp_path / "half" / "Eve", 0, ct=False)
+    run = prepare(*overrides, cwd=tmp_path)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert sentence in " ".join(run.stderr.split())
+    assert not (tmp_path / "out").exists()
