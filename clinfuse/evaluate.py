@@ -45,7 +45,6 @@ def main(cfg: DictConfig) -> None:
         )
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data = data_of(cfg, runs)
-    data.write_splits(Path(cfg.out) / "splits.json")
     facts = {
         "data": str(data.root),
         "cases": f"{len(data.splits['test'])} test",
@@ -78,6 +77,7 @@ def main(cfg: DictConfig) -> None:
         recorder.calibration = calibration
         print(f"scoring {name}", flush=True)
         trainer.test(method, datamodule=data, verbose=False)
+    data.write_splits(Path(cfg.out) / "splits.json")
     print(f"report: {recorder.write()}")
 
 

@@ -3,9 +3,12 @@ import shutil
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
+import SimpleITK as sitk
 import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from omegaconf import OmegaConf
 from torch import nn
 
 from clinfuse.configuration import run_config, trained_method
@@ -16,10 +19,13 @@ from clinfuse.fuse import (
     main,
     sampled,
     shared_facts,
+    shown_name,
     with_preset,
     with_presets_listed,
 )
 from clinfuse.methods.roi_diffusion import RoiDiffusion
+from clinfuse.preparation.identifiers import hashed
+from clinfuse.preparation.reading import read_scan
 from clinfuse.reporting.views import CaseView
 
 SHAPE, SPACING_MM = (13, 27, 31), (7.0, 6.0, 6.5)
@@ -454,3 +460,100 @@ def test_from_the_command_line_a_missing_scan_is_one_sentence(
     assert done.stderr.splitlines()[0].startswith("clinfuse: expected a NIfTI file")
     assert "nowhere.nii.gz" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def dicom_patient(tmp_path_factory):
+    """MRI and CT of one head as DICOM, the CT on a grid of its own, both of a named patient."""
+    folder = tmp_path_factory.mktemp("dicom")
+    head = make_phantom(7, 0, (24, 52, 52), (6.0, 4.0, 4.0), "t2")
+    for name, array in (("mri", head.mri), ("ct", head.ct_hu)):
+        write_series(folder / name, array, "MR" if name == "mri" else "CT")
+    return folder
+
+
+def write_series(folder, array, modality):
+    """A minimal series through ITK: what any scanner's export holds at least."""
+    image = sitk.GetImageFromArray(array.round().astype(np.int16))
+    image.SetSpacing((4.0, 4.0, 6.0))
+    folder.mkdir()
+    series, frame = (f"1.2.826.0.1.3680043.2.1125.{n}.{ord(modality[0])}" for n in (1, 2))
+    for k in range(image.GetDepth()):
+        plane = image[:, :, k]
+        position = image.TransformIndexToPhysicalPoint((0, 0, k))
+        sop = {"MR": "1.2.840.10008.5.1.4.1.1.4", "CT": "1.2.840.10008.5.1.4.1.1.2"}[modality]
+        for tag, value in {
+            "0008|0016": sop, "0008|0018": f"{series}.{k + 1}", "0008|0060": modality,
+            "0010|0010": "Doe^Jane", "0010|0020": "MRN-0042", "0008|0020": "20240131",
+            "0020|000d": "1.2.826.0.1.3680043.2.1125.9", "0020|000e": series,
+            "0020|0052": frame, "0020|0013": str(k + 1), "0028|1053": "1", "0028|1052": "0",
+            "0020|0032": "\\".join(f"{x:g}" for x in position),
+            "0020|0037": "1\\0\\0\\0\\1\\0", "0018|0050": "6",
+        }.items():  # fmt: skip
+            plane.SetMetaData(tag, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{k:03d}.dcm"))
+        writer.Execute(plane)
+
+
+def test_dicom_is_prepared_fused_and_handed_back_as_dicom(
+    dicom_patient, smoke_run, phantoms, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    overrides = [
+        f"run={smoke_run}", f"mri={dicom_patient / 'mri'}", f"ct={dicom_patient / 'ct'}",
+        f"out={out}", "masks=classical",
+    ]  # fmt: skip
+    for _ in range(2):  # a second time over the first one's files
+        main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
+    said = capsys.readouterr().out
+    assert "prepared: " in said and "DICOM: 24 slices" in said
+    fused, mri = sitk.ReadImage(out / "fused.nii.gz"), read_scan(dicom_patient / "mri")
+    derived = read_scan(out / "dicom")
+    np.testing.assert_allclose(derived.image.GetOrigin(), mri.image.GetOrigin(), atol=1e-3)
+    assert derived.image.GetSize() == mri.image.GetSize()
+    values = [
+        sitk.GetArrayFromImage(sitk.DICOMOrient(image, "RAS")) for image in (fused, derived.image)
+    ]
+    np.testing.assert_allclose(*values, atol=1e-4)
+    header = pydicom.dcmread(next((out / "dicom").iterdir()))
+    assert "RESEARCH USE ONLY" in header.SeriesDescription
+    assert header.PatientID == hashed("MRN-0042") and not header.StudyDate
+    assert header.FrameOfReferenceUID == mri.frame_of_reference_uid
+    assert (out / "study" / "brain_mask.nii.gz").is_file()
+    # ITK's DICOM writer leaves the process in the locale C, in which text is ASCII by default
+    report, facts = (
+        (out / name).read_text(encoding="utf-8") for name in ("report.html", "study/study.json")
+    )
+    assert hashed("MRN-0042") in report
+    for name in ("Doe^Jane", "Doe Jane", "MRN-0042", "2024-01-31"):  # no words of base64
+        assert name not in report and name not in facts
+
+
+def test_dicom_that_does_not_belong_together_is_refused_and_nothing_is_written(
+    dicom_patient, smoke_run, phantoms, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    overrides = [
+        f"run={smoke_run}", f"mri={dicom_patient / 'ct'}", f"ct={dicom_patient / 'mri'}",
+        f"out={out}", "masks=classical",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(phantoms.config(*overrides, name="fuse", folder=tmp_path / "hydra"))
+    assert "got them swapped" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "keep_ids", "shown"),
+    [
+        ("/scans/Doe_Jane/mri.nii.gz", False, hashed("Doe_Jane")),
+        ("/scans/Doe_Jane/mri.nii.gz", True, "Doe_Jane"),
+        ("/studies/P-0123456789ab/mri.nii.gz", False, "P-0123456789ab"),
+        ("/scans/T1.weighted.nii", True, "T1.weighted"),
+    ],
+)
+def test_a_report_names_the_patient_by_a_hash_unless_names_are_kept(path, keep_ids, shown):
+    cfg = OmegaConf.create({"mri": path, "keep_ids": keep_ids, "salt": "", "series": {}})
+    assert shown_name(cfg) == shown

@@ -8,9 +8,10 @@ share::
     CT-MRI/MRI/20005.png
 
 Eight patients are complete enough to be stacked. CT is a soft-tissue window, not HU: bone
-saturates. MRI is T2- or PD-weighted. The atlas shows the pairs aligned, which they are to a few
-pixels. Voxels of 0.9 x 0.9 x 5 mm are assumed (a head of 230 mm in 256 pixels), slices count from
-below, and a picture's left is the patient's right. No masks, no lesions.
+saturates. MRI is T2- or PD-weighted. The atlas shows the pairs aligned, which is true to a few
+pixels at best, so they are registered like all others. Voxels of 0.9 x 0.9 x 5 mm are assumed (a
+head of 230 mm in 256 pixels), slices count from below, and a picture's left is the patient's right.
+No masks, no lesions.
 
 Slices are missing inside of three stacks: 4 and 5 of case 32, 9 of case 33 and 17 of case 41.
 What lies above a gap would sit 5 or 10 mm too low if the rest were pushed together, and a slice
@@ -176,13 +177,7 @@ def _sliced_case(
         if not is_current(to, *paths):
             write_stack(paths, to, spacing_mm, note)
         files[what] = to
-    return CaseFiles(
-        name,
-        patient_of("CT-MRI", number),
-        files,
-        is_registered=True,
-        notes=notes if missing else (),
-    )
+    return CaseFiles(name, patient_of("CT-MRI", number), files, notes=notes if missing else ())
 
 
 def _stacked_case(folder: Path) -> CaseFiles:
@@ -193,10 +188,5 @@ def _stacked_case(folder: Path) -> CaseFiles:
         f"slices {list(MISSING.get(number, ()))} are missing: a stack of all the others puts what "
         "is above them too low",
     )
-    return CaseFiles(
-        name,
-        patient_of("CT-MRI", number),
-        files,
-        is_registered=True,
-        notes=notes if number in MISSING else (),
-    )
+    kept = notes if number in MISSING else ()
+    return CaseFiles(name, patient_of("CT-MRI", number), files, notes=kept)

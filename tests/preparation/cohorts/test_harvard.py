@@ -27,7 +27,7 @@ def array(path: Path) -> np.ndarray:
 def test_slices_are_stacked_from_below_with_their_left_on_the_patients_right(tmp_path):
     draw(tmp_path, 20, [7, 5, 6])
     (case,) = cases(tmp_path, tmp_path / "work")
-    assert (case.case_id, case.patient, case.is_registered) == ("case_20", "harvard_20", True)
+    assert (case.case_id, case.patient, case.is_registered) == ("case_20", "harvard_20", False)
     assert array(case.files["mri"])[:, -1, -1].tolist() == [5, 6, 7]
     assert array(case.files["ct"])[0, 0, 0] == 200 and array(case.files["mri"])[0, 0, 0] == 100
     image = sitk.ReadImage(case.files["ct"])
