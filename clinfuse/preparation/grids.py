@@ -2,6 +2,7 @@
 
 import logging
 import math
+from itertools import product
 
 import numpy as np
 import SimpleITK as sitk
@@ -11,6 +12,9 @@ log = logging.getLogger(__name__)
 
 VOLUME_TOLERANCE = 0.02
 """A mask may gain or lose this fraction of its volume on another grid."""
+
+GRID_TOLERANCE_MM = 0.05
+"""Corners of two grids may differ by this much (header rounding) and still be called one grid."""
 
 SAMPLES = 3
 """Samples of the smaller voxel along each axis, from which partial volume is counted."""
@@ -61,6 +65,28 @@ def on_grid(
     if len(labels) != 1:
         return nearest
     return _volume_kept(image != 0, nearest, transform, labels[0].item())
+
+
+def is_on(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform | None = None) -> bool:
+    """Whether an image lies on a grid already, but for the rounding of headers.
+
+    Args:
+        image: what may lie there.
+        grid: its voxels are not looked at.
+        transform: as in ``on_grid``.
+    """
+    if image.GetSize() != grid.GetSize():
+        return False
+    corners = product(*((0, n - 1) for n in grid.GetSize()))
+    way = sitk.Transform(3, sitk.sitkIdentity) if transform is None else transform
+    return all(
+        math.dist(
+            image.TransformIndexToPhysicalPoint(c),
+            way.TransformPoint(grid.TransformIndexToPhysicalPoint(c)),
+        )
+        <= GRID_TOLERANCE_MM
+        for c in corners
+    )
 
 
 def volume_ml(mask: sitk.Image) -> float:

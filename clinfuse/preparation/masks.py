@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,13 +20,11 @@ from scipy.ndimage import distance_transform_edt
 
 from clinfuse import __version__
 from clinfuse.functional.intensity import looks_like_hu
+from clinfuse.preparation.grids import is_on
 from clinfuse.roi import masks as classical
 from clinfuse.roi.masks import bone_mask, brain_mask, enclosed
 
 log = logging.getLogger(__name__)
-
-GRID_TOLERANCE_MM = 0.05
-"""Corners of two grids may differ by this much (header rounding) and still be called one grid."""
 
 BRAIN_ML = (900.0, 1800.0)
 """From two standard deviations under a woman's brain (1143 ± 105 ml) to three over a man's
@@ -191,7 +188,7 @@ def placed(image: sitk.Image, grid: sitk.Image, what: str, path: Path) -> sitk.I
     if image.GetNumberOfComponentsPerPixel() != 1:
         count = image.GetNumberOfComponentsPerPixel()
         raise ValueError(f"expected one value a voxel of the {what}, got {count}: {path}")
-    if not is_on_grid(image, grid):
+    if not is_on(image, grid):
         raise ValueError(
             f"expected the {what} on the study's grid, {_described(grid)}, "
             f"got {_described(image)}: {path}"
@@ -199,18 +196,6 @@ def placed(image: sitk.Image, grid: sitk.Image, what: str, path: Path) -> sitk.I
     mask = sitk.Cast(image > 0.5, sitk.sitkUInt8)
     mask.CopyInformation(grid)
     return mask
-
-
-def is_on_grid(image: sitk.Image, grid: sitk.Image) -> bool:
-    """Whether the voxels of the two are the same, but for the rounding of headers."""
-    if image.GetSize() != grid.GetSize():
-        return False
-    corners = product(*((0, n - 1) for n in grid.GetSize()))
-    return all(
-        math.dist(image.TransformIndexToPhysicalPoint(c), grid.TransformIndexToPhysicalPoint(c))
-        <= GRID_TOLERANCE_MM
-        for c in corners
-    )
 
 
 def plausibility(masks: Masks) -> list[str]:
@@ -303,7 +288,7 @@ def _found(name: str, mask: np.ndarray, grid: sitk.Image) -> sitk.Image:
     oriented.CopyInformation(sitk.DICOMOrient(grid, "RAS"))
     stored = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(grid.GetDirection())
     image = sitk.DICOMOrient(oriented, stored)
-    assert is_on_grid(image, grid)
+    assert is_on(image, grid)
     image.CopyInformation(grid)
     return image
 

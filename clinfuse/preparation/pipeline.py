@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 from clinfuse import __version__
 from clinfuse.preparation.cohorts.inventory import write_image
-from clinfuse.preparation.grids import on_grid
+from clinfuse.preparation.grids import is_on, on_grid
 from clinfuse.preparation.identifiers import hashed, without_identity
 from clinfuse.preparation.masks import Files, MaskProvider, Masks, plausibility
 from clinfuse.preparation.quality import Quality, quality
@@ -252,22 +252,6 @@ def grid_of(mri: sitk.Image, spacing_mm: Sequence[float | int] | None) -> sitk.I
     return grid
 
 
-def is_on(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform) -> bool:
-    """Whether an image lies on a grid already, so that nothing is to be interpolated."""
-    if image.GetSize() != grid.GetSize():
-        return False
-    last = [n - 1 for n in grid.GetSize()]
-    corners = [(0, 0, 0), (last[0], 0, 0), (0, last[1], 0), (0, 0, last[2])]
-    return all(
-        np.allclose(
-            transform.TransformPoint(grid.TransformIndexToPhysicalPoint(corner)),
-            image.TransformIndexToPhysicalPoint(corner),
-            atol=1e-3,
-        )
-        for corner in corners
-    )
-
-
 def on_study(image: sitk.Image, grid: sitk.Image, way: sitk.Transform) -> sitk.Image:
     """A scan on the study's grid; the very same values if it lies there already."""
     if is_on(image, grid, way):
@@ -283,7 +267,7 @@ def read_mask(path: Path, drawn_on: Scan) -> sitk.Image:
         ValueError: it has another grid than that image.
     """
     mask = read_scan(path).image > 0.5
-    if not is_on(mask, drawn_on.image, sitk.Transform(3, sitk.sitkIdentity)):
+    if not is_on(mask, drawn_on.image):
         raise ValueError(
             f"expected a mask on the grid of {drawn_on.source}, of {drawn_on.image.GetSize()} "
             f"voxels, got one of {mask.GetSize()}, or elsewhere: {path}"

@@ -1,6 +1,6 @@
 """Registration of a CT to the MRI of the same head, with a verdict on whether it can be trusted.
 
-The transform is found here and applied once, by ``resampled``. ``registration_search`` finds rigid
+The transform is found here; ``grids.on_grid`` applies it, once. ``registration_search`` finds rigid
 motions, ``registration_quality`` judges them.
 """
 
@@ -122,29 +122,6 @@ def register(
         elsewhere = way(both, 2 * seed + 1)
         quality = measured(both, transform, elsewhere, 2 * seed, is_given)
     return Registration(transform, kind, engine, quality, time.perf_counter() - started, seed)
-
-
-def resampled(
-    moving: sitk.Image,
-    grid: sitk.Image,
-    transform: sitk.Transform,
-    fill: float | int,
-    is_label: bool = False,
-) -> sitk.Image:
-    """The moving image on another grid, interpolated once.
-
-    Linearly, or by the nearest voxel for labels: no value leaves the range of the image, as would
-    happen beside bone with splines.
-
-    Args:
-        moving: a scan or a mask.
-        grid: whose size, spacing, origin and direction the result takes.
-        transform: from points of the grid to points of ``moving``.
-        fill: value where ``moving`` has no view: -1000 for HU.
-        is_label: whether values are labels.
-    """
-    interpolator = sitk.sitkNearestNeighbor if is_label else sitk.sitkLinear
-    return sitk.Resample(moving, grid, transform, interpolator, float(fill), moving.GetPixelID())
 
 
 def write_transform(transform: sitk.Transform, path: Path | str) -> Path:

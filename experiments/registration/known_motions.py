@@ -17,7 +17,8 @@ import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
 from clinfuse.data.phantoms import make_phantom, ras_affine
-from clinfuse.preparation.registration import register, resampled
+from clinfuse.preparation.grids import on_grid
+from clinfuse.preparation.registration import register
 from clinfuse.preparation.registration_search import (
     head_points_mm,
     in_one_thread,
@@ -95,7 +96,7 @@ def trial(
     motion = drawn_motion(np.random.default_rng([4, number]), points_mm.mean(axis=0))
     if is_cut:  # on its own grid: what leaves the field of view is lost
         air = float(sitk.GetArrayViewFromImage(ct).min())
-        moved = resampled(ct, ct, motion, air)
+        moved = on_grid(ct, ct, motion, fill=air)
     else:
         moved = moved_by(ct, motion)
     goal = sitk.CompositeTransform([motion.GetInverse(), true])

@@ -8,12 +8,12 @@ import pytest
 import SimpleITK as sitk
 
 from clinfuse.data.phantoms import make_phantom
+from clinfuse.preparation.grids import is_on
 from clinfuse.preparation.masks import (
     Classical,
     Files,
     Masks,
     as_array,
-    is_on_grid,
     plausibility,
     read_mask,
 )
@@ -76,7 +76,7 @@ def test_classical_masks_are_true_and_on_the_grid_of_the_study(phantom, orientat
         (masks.brain, phantom.brain, 0.95),
         (masks.bone, phantom.bone, 0.90),
     ):
-        assert is_on_grid(mask, ct) and mask.GetPixelID() == sitk.sitkUInt8
+        assert is_on(mask, ct) and mask.GetPixelID() == sitk.sitkUInt8
         assert set(np.unique(sitk.GetArrayFromImage(mask))) == {0, 1}
         assert dice(as_array(mask), truth) > enough
     assert masks.lesion is None
@@ -89,7 +89,7 @@ def test_an_oblique_grid_stays_as_it_is(phantom):
         direction = np.array(turn.GetMatrix()).reshape(3, 3) @ np.diag([-1.0, -1.0, 1.0])
         image.SetDirection(direction.ravel().tolist())
     masks = Classical()(mri, ct, {})
-    assert is_on_grid(masks.brain, ct)
+    assert is_on(masks.brain, ct)
     assert dice(as_array(masks.brain), phantom.brain) > 0.95
 
 

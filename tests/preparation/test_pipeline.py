@@ -12,14 +12,14 @@ import SimpleITK as sitk
 
 from clinfuse.data.phantoms import make_phantom
 from clinfuse.data.studies import load_study
+from clinfuse.preparation.grids import is_on
 from clinfuse.preparation.identifiers import hashed
 from clinfuse.preparation.masks import Classical, Masks
-from clinfuse.preparation.pipeline import FACTS, Preparation, grid_of, is_on
+from clinfuse.preparation.pipeline import FACTS, Preparation, grid_of
 from clinfuse.preparation.registration import register
 from clinfuse.preparation.scan import CaseFiles
 
 PATIENT = "Doe^Jane"
-STILL = sitk.Transform(3, sitk.sitkIdentity)
 
 
 def image_of(array, spacing_mm=(4.0, 2.0, 2.0)):
@@ -108,7 +108,7 @@ def test_what_lies_on_the_grid_already_keeps_its_values(prepared, case):
         given, kept = (
             sitk.ReadImage(path) for path in (case.files[name], prepared.folder / f"{name}.nii.gz")
         )
-        assert np.array_equal(array_of(given), array_of(kept)) and is_on(kept, given, STILL)
+        assert np.array_equal(array_of(given), array_of(kept)) and is_on(kept, given)
 
 
 def test_the_transform_kept_is_the_pose_of_the_ct(prepared, pose, phantom):
@@ -225,7 +225,7 @@ def test_a_case_without_ct_keeps_its_other_contrasts_and_its_lesion(case, tmp_pa
         "mri.nii.gz", "adc.nii.gz", "lesion_mask.nii.gz", FACTS,
     }  # fmt: skip
     mri, adc = (sitk.ReadImage(study.folder / f"{name}.nii.gz") for name in ("mri", "adc"))
-    assert is_on(adc, mri, STILL)
+    assert is_on(adc, mri)
 
 
 @pytest.mark.parametrize("spacing_mm", [(5.0, 0.9, 0.9), (2.0, 3.0, 4.0), (4.0, 2.0, 2.0)])

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from clinfuse.preparation.masks import Classical, is_on_grid
+from clinfuse.preparation.grids import is_on
+from clinfuse.preparation.masks import Classical
 from clinfuse.preparation.totalsegmentator import TotalSegmentator, totalsegmentator_or_classical
 
 REAL = os.environ.get("CLINFUSE_TOTALSEGMENTATOR")
@@ -128,7 +129,7 @@ def weights_folder(folder, *names):
 def test_brain_and_skull_come_back_on_the_studys_grid_with_their_provenance(program, tmp_path):
     mri, ct = head_pair()
     masks = TotalSegmentator(program=program(), device="cpu")(mri, ct, {})
-    assert is_on_grid(masks.brain, ct) and masks.brain.GetPixelID() == sitk.sitkUInt8
+    assert is_on(masks.brain, ct) and masks.brain.GetPixelID() == sitk.sitkUInt8
     assert ((array_of(masks.brain) > 0) == (array_of(ct) == 40)).all()
     assert ((array_of(masks.bone) > 0) == (array_of(ct) == 1500)).all()
     assert masks.lesion is None
@@ -299,7 +300,7 @@ def test_the_real_tool_is_called_awaited_and_placed_on_our_grid(tmp_path):
     assert dice(bone, true_bone) > 0.8  # blocks of 16 to 37 mm, seen at 3 mm
     for axis in range(3):
         assert dice(np.flip(bone, axis), true_bone) < 0.2
-    assert is_on_grid(masks.bone, ct)
+    assert is_on(masks.bone, ct)
     assert masks.provenance["bone"]["version"].startswith("2.")
     assert masks.provenance["brain"]["parameters"]["models"] == [
         "Dataset852_TotalSegMRI_total_3mm_1088subj"
