@@ -50,7 +50,7 @@ PAIRS_TEXT = (
 
 _NO_CHIPS = frozenset(
     {"uce", "ence", "uce_raw", "ence_raw", "width", "ece", "brier", "conspicuity_min"}
-    | {"ause", "ause_constant", "ause_random"}
+    | {"ause", "ause_constant", "ause_random", "spread_error_correlation_calibrated"}
 )
 """Scores of many voxels together that say little of one case."""
 

@@ -56,9 +56,10 @@ def case_metrics(
             ``ause_random``), ``uce_raw`` and ``ence_raw`` over the head (where the reference is not
             air), the brain and bone.
         tau_mm: tolerance of the surface Dice, in mm.
-        calibration: fitted on other cases. Adds ``uce`` and ``ence`` of the calibrated spread, and
-            ``coverage`` and ``width`` of the intervals; with a prediction, ``ece`` and ``brier``
-            too, of which ``ece_raw`` and ``brier_raw`` are without.
+        calibration: fitted on other cases. Adds ``uce``, ``ence`` and
+            ``spread_error_correlation_calibrated`` of the calibrated spread, and ``coverage`` and
+            ``width`` of the intervals; with a prediction, ``ece`` and ``brier`` too, of which
+            ``ece_raw`` and ``brier_raw`` are without.
         roi: the masks as the method places them, which say what region a voxel is calibrated
             with; None takes those of the batch as they are given.
 
@@ -180,6 +181,9 @@ def _calibration(
         }
         if calibration is not None:
             columns |= {
+                (name, "spread_error_correlation_calibrated"): regional_correlation(
+                    std, error.abs(), mask
+                ),
                 (name, "uce"): uce(std, error, mask),
                 (name, "ence"): ence(std, error, mask),
                 (name, "coverage"): coverage(reference, low, high, mask),

@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from clinfuse.functional.fsim import fsim
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import dice, hd95, nsd
-from clinfuse.metrics.calibration import FLOOR, Calibration
+from clinfuse.metrics.calibration import AIR, FLOOR, Calibration
 from clinfuse.metrics.suite import case_metrics, regional_correlation
 from clinfuse.types import FusionBatch
 
@@ -230,6 +230,12 @@ def test_intervals_and_calibrated_spread_are_judged_in_the_true_masks_by_the_pla
         assert of_case["brain", "coverage"] == pytest.approx(expected, abs=0.01)
         assert of_case["brain", "width"] < 2 * half[brain].mean().item() + 1e-5  # clamped
         assert of_case["brain", "ence"] != of_case["brain", "ence_raw"]
+        head = (batch.reference[case, 0] > AIR).numpy()
+        stated = calibration.std(fused, spread, placed)[case, 0].numpy()
+        expected = pearsonr(stated[head], error.abs().numpy()[head])[0]
+        assert of_case["whole", "spread_error_correlation_calibrated"] == pytest.approx(
+            expected, abs=1e-4
+        )
         assert of_case["lesion", "ece"] != of_case["lesion", "ece_raw"]
         lesion = batch.clean_roi[case, 2][brain].float()
         tempered = torch.sigmoid(torch.logit(probability[case, 0][brain]) / 2.0)
