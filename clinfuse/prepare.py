@@ -1,7 +1,7 @@
 """Raw scans to study folders: ``python -m clinfuse.prepare dataset=template input=A output=B``."""
 
+import errno
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 register_resolvers()
 
 REPORT = "quality.html"
-
-LEAST_ROOM_BYTES = 2**20
-"""With less than this free, what could not be written failed for want of room."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,10 @@ def main(cfg: DictConfig) -> None:
     path = write_cohort_report(output / REPORT, f"Quality of {cfg.dataset.name}", rows, facts)
     print(f"studies: {output} ({len(usable)} of {len(cases)} cases)")
     print(f"report: {path}")
-    sentences = {study.case_id: study.quality.reasons[0] for study in studies if study.is_refused}
-    sentences |= {case.case_id: case.reason for case in unusable}
-    if sentences:
+    if len(usable) < len(cases):
         raise ValueError(
-            f"expected {len(cases)} cases that can be used, got {len(usable)}; "
-            + "; ".join(f"{case_id}: {sentence}" for case_id, sentence in sentences.items())
+            f"expected {len(cases)} cases that can be used, got {len(usable)}: the log above names "
+            f"the others, and {path} shows them"
         )
 
 
@@ -91,27 +86,29 @@ def prepare(
 ) -> tuple[list[Prepared], list[Unusable]]:
     """The cases one by one; what is wrong with one of them does not stop the others.
 
+    The log, which stays with the user, calls cases and files by their names; nothing else does.
+
     Raises:
         ValueError: the disk is full, which would stop them all.
     """
     studies: list[Prepared] = []
     unusable: list[Unusable] = []
     for number, case in enumerate(cases, 1):
-        name = preparation.names(case)[0]
+        name, known_as = preparation.names(case)[0], f"{number} of {len(cases)}: {case.case_id}"
         try:
             study = preparation(case, output)
         except (OSError, ValueError) as error:
-            if shutil.disk_usage(output).free < LEAST_ROOM_BYTES:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise ValueError(
                     f"expected room for the studies, the disk is full after {len(studies)} of "
                     f"{len(cases)}: {output}; make room and run the same command again"
                 ) from error
             unusable.append(Unusable(name, preparation.said_of(case, error)))
-            log.warning("%d of %d: %s: %s", number, len(cases), name, unusable[-1].reason)
+            log.warning("%s cannot be used: %s", known_as, error)
             continue
         studies.append(study)
         state = study.quality.verdict + (", there already" if study.was_there else "")
-        log.info("%d of %d: %s: %s", number, len(cases), name, state)
+        log.info("%s is %s: %s", known_as, study.folder, state)
     return studies, unusable
 
 

@@ -85,6 +85,12 @@ class MaskProvider(Protocol):
 class Classical:
     """Brain and bone by thresholds and morphology of the CT; a lesion only from its file."""
 
+    def __post_init__(self) -> None:
+        log.info(
+            "brain and bone by thresholds and morphology of the CT (classical masks): "
+            "TotalSegmentator is not in use"
+        )
+
     def __call__(self, mri: sitk.Image, ct: sitk.Image, files: Mapping[str, Path]) -> Masks:
         """The masks of one registered pair; MRI is not looked at.
 
@@ -92,10 +98,6 @@ class Classical:
             FileNotFoundError: no lesion mask where one is named.
             ValueError: no bone or no brain is found, or the lesion mask cannot be used.
         """
-        log.info(
-            "brain and bone by thresholds and morphology of the CT (classical masks): "
-            "TotalSegmentator is not in use"
-        )
         bone, bone_made = _classical_bone(ct)
         brain, brain_made = _classical_brain(ct, bone)
         lesion, drawn = lesion_of(files, ct)
