@@ -4,9 +4,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class Study:
         spacing_mm: voxel size, (d, h, w).
         ct_map: how CT units became model space.
         mri_limits: MRI intensities that became -1 and 1.
-        mask_source: for each ROI, whether the mask was read, segmented from CT, or is absent.
+        mask_source: for each ROI, whether the mask was given, segmented by a tool, or is absent.
         grid: stored grid of the MRI file, for writing back.
     """
 
@@ -158,7 +158,8 @@ def load_study(
     for name in ("mri", "ct"):
         if name not in files:
             raise FileNotFoundError(f"expected {name}.nii.gz, found none in {folder}")
-    return load_pair(files, folder.name, _patient(folder), ct_map, cache_dir, resample_mm)
+    study = load_pair(files, folder.name, _patient(folder), ct_map, cache_dir, resample_mm)
+    return replace(study, mask_source={**study.mask_source, **_segmented_before(folder)})
 
 
 def load_pair(
@@ -392,14 +393,30 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _patient(folder: Path) -> str:
+    return str(_facts(folder).get("patient", folder.name))
+
+
+def _segmented_before(folder: Path) -> dict[str, MaskSource]:
+    """The masks whose files ``clinfuse.prepare`` made, by a tool: nobody drew them."""
+    made = _facts(folder).get("masks")
+    tools = {
+        roi: made[f"{roi}_mask"]["tool"]
+        for roi in ROI_NAMES
+        if isinstance(made, dict) and f"{roi}_mask" in made
+    }
+    return {roi: "segmented" for roi, tool in tools.items() if tool != "file"}
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What ``study.json`` says; nothing where there is none."""
     path = folder / "study.json"
     if not path.is_file():
-        return folder.name
+        return {}
     try:
         facts = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"expected JSON, got {error}: {path}") from error
-    return str(facts.get("patient", folder.name)) if isinstance(facts, dict) else folder.name
+    return facts if isinstance(facts, dict) else {}
 
 
 def _scaled(mri: Float[Tensor, "1 d h w"], limits: tuple[float, float]) -> Float[Tensor, "1 d h w"]:

@@ -180,7 +180,7 @@ def test_an_empty_folder_is_refused(tmp_path):
         list_series(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("uid", [generate_uid(), None])
+@pytest.mark.parametrize("uid", ["1.2.826.0.1.3680043.8.498.42", None])
 def test_two_patients_are_refused_in_a_folder_and_in_a_series_and_not_named(dicom, tmp_path, uid):
     for number, patient in enumerate(("MRN-1", "MRN-2")):
         dicom.write(

@@ -92,7 +92,7 @@ def unregistered(case, *names):
 def test_the_study_is_read_as_it_is_and_its_ct_lies_on_the_mri(prepared, phantom):
     assert prepared.quality.verdict != "fail" and not prepared.was_there
     study = load_study(prepared.folder)
-    assert study.mask_source == {"brain": "file", "bone": "file", "lesion": "file"}
+    assert study.mask_source == {"brain": "segmented", "bone": "file", "lesion": "file"}
     assert study.patient_id == hashed(PATIENT) and study.spacing_mm == (4.0, 2.0, 2.0)
     ct = array_of(sitk.ReadImage(prepared.folder / "ct.nii.gz"))
     inside = phantom.brain | phantom.bone
