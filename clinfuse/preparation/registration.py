@@ -143,29 +143,6 @@ def write_transform(transform: sitk.Transform, path: Path | str) -> Path:
     return path
 
 
-def read_transform(path: Path | str) -> sitk.Transform:
-    """The transform in an ITK text file (.tfm).
-
-    Raises:
-        FileNotFoundError: where there is no file.
-        ValueError: where it holds no transform of 3-D points.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a transform (.tfm), found nothing at {path}")
-    try:
-        transform = sitk.ReadTransform(str(path))
-    except RuntimeError as error:
-        raise ValueError(
-            f"expected a transform (.tfm), got something unreadable: {path}"
-        ) from error
-    if transform.GetDimension() != 3:
-        raise ValueError(
-            f"expected a transform of 3-D points, got {transform.GetDimension()}-D: {path}"
-        )
-    return transform
-
-
 def _rigid(pyramid: Pyramid, seed: int) -> sitk.Transform:
     return search(pyramid, seed)[0]
 

@@ -37,12 +37,6 @@ class Scan:
     frame_of_reference_uid: str | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size in the order of the stored axes (i, j, k)."""
-        i, j, k = self.image.GetSpacing()
-        return i, j, k
-
 
 @dataclass(frozen=True)
 class CaseFiles:

@@ -52,11 +52,6 @@ def cases(
     return collect(root, folders, _case, layout, skip_incomplete)
 
 
-def centre_of(case_id: str) -> str:
-    """The hospital, A, B or C, of ``1BA001``."""
-    return case_id[2]
-
-
 def _case(folder: Path) -> CaseFiles:
     images = {name: path for name in ("mr", "ct") if (path := image_named(folder, name))}
     files = {
