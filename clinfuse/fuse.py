@@ -225,7 +225,7 @@ def write_dicom(folder: Path, cfg: DictConfig) -> None:
 
 
 def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
-    """The patient fused by a run so configured; its noise depends on seed and patient alone."""
+    """The patient fused by a run so configured; its noise depends on the run's seed alone."""
     method = trained_method(cfg.run, saved)
     for setting in ("steps", "members"):
         if cfg[setting] is not None:
@@ -235,7 +235,9 @@ def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
     lightning.seed_everything(saved.seed, verbose=False)
     item = study_item(study, torch.eye(4, dtype=torch.float64))
     item.reference = None  # what these scans should fuse to is not known
+    item.case_id = ["patient"]  # so that what they are called does not draw other noise
     draws = sampled(method, item, cfg)
+    item.case_id = [study.case_id]
     method.cpu()
     summary = summary_of(draws)
     fused, spread = summary.mean, summary.std

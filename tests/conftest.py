@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import locale
 import os
 import subprocess
 import sys
@@ -34,6 +35,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 settings.register_profile("clinfuse", settings(), deadline=None)
 settings.load_profile("clinfuse")
 
+CHARACTERS = locale.setlocale(locale.LC_CTYPE)
+"""What text is made of where the tests run: UTF-8, nearly everywhere."""
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 SMOKE = ("experiment=smoke", "data.prepare.workers=1")
@@ -58,9 +62,14 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _undisturbed() -> Iterator[None]:
-    """What Lightning and Hydra set for the whole process is put back after every test."""
+    """What Lightning, Hydra and ITK set for the whole process is put back after every test.
+
+    ITK's DICOM writer leaves the locale C behind, in which text is ASCII by default.
+    """
     environment = dict(os.environ)
+    locale.setlocale(locale.LC_CTYPE, CHARACTERS)  # a fixture of the module may have been before us
     yield
+    locale.setlocale(locale.LC_CTYPE, CHARACTERS)
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(False)
     HydraConfig.instance().cfg = None
