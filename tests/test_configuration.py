@@ -88,6 +88,17 @@ def test_a_recipe_can_be_given_the_users_own_data(experiment, phantoms, tmp_path
     assert instantiate(cfg.data, _convert_="all").prepare is None
 
 
+@pytest.mark.parametrize("method", ["clinfuse", "deterministic_unet"])
+def test_a_lesion_head_can_be_left_out_of_training_and_guide_all_the_same(method, phantoms):
+    usual, without = (
+        phantoms.config(f"method={method}", "preset=stroke", *changes).method
+        for changes in ((), ("objective.gamma=0",))
+    )
+    assert usual.loss.gamma == 3.0 and without.loss.gamma == 0
+    if method == "clinfuse":
+        assert usual.guidance_loss.gamma == without.guidance_loss.gamma == 3.0
+
+
 @pytest.mark.parametrize("name", ["evaluate", "fuse"])
 def test_guidance_is_overridden_on_the_command_line_as_the_configuration_says(name, phantoms):
     assert phantoms.config("guidance.eta=0.3", name=name).guidance.eta == 0.3
