@@ -1,6 +1,8 @@
 """Sample the same test cases, from the same noise and network, under one guidance after another.
 
-python experiments/guidance/variants.py RUN LESION_HEAD OUT.csv [DETERMINISTIC_RUN]
+python experiments/guidance/variants.py RUN LESION_HEAD OUT.csv [DETERMINISTIC_RUN [MM,MM]]
+
+With amplitudes only unguided and default are sampled, at those ("" names no regression).
 
 Every (case, misregistration) is anchored once, and each variant sampled from that anchor. The
 cohort is a fresh one: the 21 test cases of 140 phantoms of seed 2, which trained neither the run
@@ -45,6 +47,8 @@ TERMS = ("brain", "bone", "lesion", "all", "all + Eq. 4", "all + grad U")
 SAMPLED = {0.0: (*ENDS, *PLACES, *TERMS), 2.0: (*ENDS, *PLACES)}
 """What is sampled at which misregistration; elsewhere the ends."""
 
+AMPLITUDES = (0.0, 2.0, 4.0, 1.0)
+
 
 def few_metrics(fused, batch, probability, _spread):
     """What each term of Eq. 2 is about, without the metrics that take their time."""
@@ -84,7 +88,8 @@ def variants(own, weights, fidelity):
 
 
 @torch.no_grad()
-def main(run, lesion_head, out, deterministic=None, amplitudes=(0.0, 2.0, 4.0, 1.0)):
+def main(run, lesion_head, out, deterministic=None, ends_at=""):
+    amplitudes = [float(mm) for mm in ends_at.split(",")] if ends_at else AMPLITUDES
     register_resolvers()
     quiet_libraries()
     cfg = run_config(run)
@@ -117,7 +122,7 @@ def main(run, lesion_head, out, deterministic=None, amplitudes=(0.0, 2.0, 4.0, 1
     for amplitude, loader in zip(amplitudes, data.test_dataloader(), strict=True):
         for batch in loader:
             anchor = method.anchor(batch)
-            for name in SAMPLED.get(amplitude, ENDS):
+            for name in ENDS if ends_at else SAMPLED.get(amplitude, ENDS):
                 alpha, beta, gamma, faithful, method.guidance = every[name]
                 method.guidance_loss = ClinicalRoiLoss(
                     alpha, beta, gamma, (1.0, 1.0, 0.5), 2.0, faithful
@@ -125,7 +130,7 @@ def main(run, lesion_head, out, deterministic=None, amplitudes=(0.0, 2.0, 4.0, 1
                 score(batch, amplitude, "expert", name, sampled(method, batch, anchor, name))
             if regression is not None:
                 score(batch, amplitude, "none", "deterministic_unet", regression.ensemble(batch))
-            for source in ("automatic", "none") if amplitude == 0 else ():
+            for source in ("automatic", "none") if amplitude == 0 and not ends_at else ():
                 masked = with_lesion(batch, head, source)
                 given = method.anchor(masked)
                 for name in ("off", "all + fidelity"):
