@@ -1,5 +1,3 @@
-from time import perf_counter
-
 import numpy as np
 import pytest
 import torch
@@ -114,11 +112,3 @@ def test_windows_are_as_wide_in_mm_along_every_axis():
     assert sigma_voxels((5.0, 0.9, 1.5), 3.0) == pytest.approx((0.6, 10 / 3, 2.0))
     with pytest.raises(ValueError, match="one voxel spacing"):
         sigma_voxels(torch.tensor([[1.0, 1.0], [1.0, 2.0]]), 3.0)
-
-
-def test_a_volume_of_96_by_96_by_32_takes_a_fraction_of_a_second():
-    a = torch.rand(1, 1, 32, 96, 96)
-    ssim_map(a, a, (0.75, 1.5, 1.5))
-    start = perf_counter()
-    ssim_map(a, a, (0.75, 1.5, 1.5))
-    assert perf_counter() - start < 0.5  # 0.03 s on an idle core; the room is for busy ones

@@ -2,7 +2,7 @@
 
 import io
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,3 +216,19 @@ class DicomWriter:
 def dicom() -> DicomWriter:
     """Writes DICOM series from arrays."""
     return DicomWriter()
+
+
+@pytest.fixture(scope="session")
+def image_of() -> Callable[[np.ndarray, Sequence[float]], sitk.Image]:
+    """A phantom's array (d, h, w), of voxels of a size, where its study folder would put it."""
+    from clinfuse.data.phantoms import ras_affine
+
+    def placed(array: np.ndarray, spacing_mm: Sequence[float]) -> sitk.Image:
+        image = sitk.GetImageFromArray(array.astype(np.float32))
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ras_affine(array.shape, spacing_mm)
+        image.SetSpacing([float(size) for size in spacing_mm[::-1]])
+        image.SetOrigin(affine[:3, 3].tolist())
+        image.SetDirection([-1, 0, 0, 0, -1, 0, 0, 0, 1])
+        return image
+
+    return placed

@@ -276,9 +276,7 @@ def test_an_archive_is_unpacked_into_its_folder_once(pack, name, tmp_path):
 
 
 @pytest.mark.parametrize(("pack", "name"), [(zipped, "a.zip"), (tarred, "a.tar.gz")])
-@pytest.mark.parametrize(
-    "evil", ["../evil", "/tmp/clinfuse_evil", "a/../../evil", "..\\evil", "C:/x"]
-)
+@pytest.mark.parametrize("evil", ["../evil", "/clinfuse_evil", "a/../../evil", "..\\evil", "C:/x"])
 def test_an_archive_that_reaches_out_of_its_folder_is_refused_whole(pack, name, evil, tmp_path):
     archive = pack(tmp_path / name, {"fine.txt": b"x", evil: b"evil"})
     with pytest.raises(ValueError, match="expected files inside of the folder"):

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from clinfuse.data.phantoms import make_phantom, ras_affine
+from clinfuse.data.phantoms import make_phantom
 from clinfuse.preparation.grids import on_grid
 from clinfuse.preparation.registration import (
     register,
@@ -27,18 +27,8 @@ OPTIONS = Path(__file__).parents[2] / "conf" / "registration"
 MOTION = sitk.Euler3DTransform([0.0, 0.0, 0.0], 0.15, -0.1, 0.2, [12.0, -8.0, 10.0])
 
 
-def image_of(array, spacing_mm):
-    """A phantom's array (d, h, w) where its study folder would put it."""
-    image = sitk.GetImageFromArray(array.astype(np.float32))
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ras_affine(array.shape, spacing_mm)
-    image.SetSpacing([float(size) for size in spacing_mm[::-1]])
-    image.SetOrigin(affine[:3, 3].tolist())
-    image.SetDirection([-1, 0, 0, 0, -1, 0, 0, 0, 1])
-    return image
-
-
 @pytest.fixture(scope="module")
-def scans():
+def scans(image_of):
     head = make_phantom(3, seed=1, shape=(36, 60, 52), spacing_mm=(4.0, 4.0, 4.0), contrast="t1")
     return image_of(head.mri, head.spacing_mm), image_of(head.ct_hu, head.spacing_mm)
 

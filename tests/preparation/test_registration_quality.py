@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from clinfuse.data.phantoms import make_phantom, ras_affine
+from clinfuse.data.phantoms import make_phantom
 from clinfuse.preparation.registration_quality import Quality, measured
 from clinfuse.preparation.registration_search import in_one_thread, pyramid, search
 
@@ -28,23 +28,13 @@ GOOD = Quality(
 )
 
 
-def image_of(array, spacing_mm):
-    """A phantom's array (d, h, w) where its study folder would put it."""
-    image = sitk.GetImageFromArray(array.astype(np.float32))
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ras_affine(array.shape, spacing_mm)
-    image.SetSpacing([float(size) for size in spacing_mm[::-1]])
-    image.SetOrigin(affine[:3, 3].tolist())
-    image.SetDirection([-1, 0, 0, 0, -1, 0, 0, 0, 1])
-    return image
-
-
 @pytest.fixture(scope="module")
 def head():
     return make_phantom(3, seed=1, shape=(36, 60, 52), spacing_mm=(4.0, 4.0, 4.0), contrast="t1")
 
 
 @pytest.fixture(scope="module")
-def searched(head):
+def searched(head, image_of):
     """The head's pyramid, and where another search ended."""
     with in_one_thread():
         both = pyramid(*(image_of(scan, head.spacing_mm) for scan in (head.mri, head.ct_hu)))
@@ -99,7 +89,7 @@ def test_a_result_that_is_off_by_more_than_a_voxel_does_not_pass(searched, move_
     assert quality.disagreement_mm == pytest.approx(np.linalg.norm(move_mm), abs=1.0)
 
 
-def test_a_ct_stored_the_wrong_way_round_is_told_from_one_that_is_not(head, searched):
+def test_a_ct_stored_the_wrong_way_round_is_told_from_one_that_is_not(head, searched, image_of):
     right = measured(searched[0], STILL, searched[1], seed=0)
     turned_round = np.ascontiguousarray(head.ct_hu[:, :, ::-1])
     with in_one_thread():
@@ -111,7 +101,7 @@ def test_a_ct_stored_the_wrong_way_round_is_told_from_one_that_is_not(head, sear
     assert any("mirrored left to right" in reason for reason in wrong.reasons), wrong
 
 
-def test_noise_fails(head):
+def test_noise_fails(head, image_of):
     mri = image_of(head.mri, head.spacing_mm)
     noise = np.random.default_rng(0).normal(100, 30, head.mri.shape)
     with in_one_thread():

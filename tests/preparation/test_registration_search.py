@@ -6,7 +6,7 @@ import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clinfuse.data.phantoms import make_phantom, ras_affine
+from clinfuse.data.phantoms import make_phantom
 from clinfuse.preparation.registration_search import (
     apart_mm,
     head_points_mm,
@@ -23,18 +23,8 @@ from clinfuse.preparation.registration_search import (
 STILL = sitk.Transform(3, sitk.sitkIdentity)
 
 
-def image_of(array, spacing_mm):
-    """A phantom's array (d, h, w) where its study folder would put it."""
-    image = sitk.GetImageFromArray(array.astype(np.float32))
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ras_affine(array.shape, spacing_mm)
-    image.SetSpacing([float(size) for size in spacing_mm[::-1]])
-    image.SetOrigin(affine[:3, 3].tolist())
-    image.SetDirection([-1, 0, 0, 0, -1, 0, 0, 0, 1])
-    return image
-
-
 @pytest.fixture(scope="module")
-def scans():
+def scans(image_of):
     head = make_phantom(3, seed=1, shape=(36, 60, 52), spacing_mm=(4.0, 4.0, 4.0), contrast="t1")
     return image_of(head.mri, head.spacing_mm), image_of(head.ct_hu, head.spacing_mm)
 
@@ -136,7 +126,7 @@ def test_mirrored_twice_is_as_before(scans):
     np.testing.assert_allclose(again.moving_centre_mm, both.moving_centre_mm, atol=4.0)
 
 
-def test_thick_slices_stay_and_planes_get_coarser():
+def test_thick_slices_stay_and_planes_get_coarser(image_of):
     head = make_phantom(0, shape=(16, 180, 160), spacing_mm=(8.0, 1.2, 1.2))
     image = image_of(head.mri, head.spacing_mm)
     spacings = [level.fixed.GetSpacing() for level in pyramid(image, image).levels]

@@ -2,7 +2,6 @@ import base64
 import io
 import re
 from dataclasses import asdict
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -11,35 +10,6 @@ from PIL import Image
 from clinfuse.reporting.cohort import PlanePanel, PreparedCase, panels_of, write_cohort_report
 
 SHAPE, SPACING_MM = (16, 60, 48), (6.0, 3.0, 3.0)
-
-
-class Page(HTMLParser):
-    """Elements with attributes, and text, of a page whose tags must be balanced."""
-
-    VOID = ("meta", "input", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.text, self.open, self.unbalanced = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID and (not self.open or self.open.pop() != tag):
-            self.unbalanced.append(tag)
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def ellipsoid(radii_mm, centre_mm=(48.0, 90.0, 72.0)):
@@ -161,13 +131,13 @@ def test_volumes_of_other_shapes_are_refused(volumes):
         panels_of({**volumes, "ct": volumes["ct"][1:]}, SPACING_MM)
 
 
-def test_a_study_without_ct_or_without_contrast_is_shown_nevertheless(volumes, tmp_path):
+def test_a_study_without_ct_or_without_contrast_is_shown_nevertheless(volumes, tmp_path, page_of):
     (panel, *_) = panels_of({"mri": volumes["mri"]}, SPACING_MM)
     assert panel.ct == panel.ct_edges == "" and panel.outlines == {}
     flat = panels_of({"mri": np.zeros(SHAPE, np.float32)}, SPACING_MM)
     text = report(tmp_path, [PreparedCase("flat", "fail", panels=flat)])
     assert "Checkerboard</" not in re.sub(r"<li>.*?</li>", "", text)
-    assert len(Page(text).all("image")) == 3
+    assert len(page_of(text).all("image")) == 3
 
 
 def test_panels_are_strings_and_numbers_that_can_be_kept(volumes):
@@ -187,10 +157,10 @@ def test_the_doubtful_come_first_then_names_in_order(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_case_without_images_appears_with_its_sentence(tmp_path):
+def test_a_case_without_images_appears_with_its_sentence(tmp_path, page_of):
     sentence = "expected a NIfTI file, got something unreadable"
     text = report(tmp_path, [PreparedCase("case_007", "fail", (sentence,), {}, None)])
-    page = Page(text)
+    page = page_of(text)
     assert text.count(sentence) == 2 and not page.all("image")  # in the table, and in its place
     assert "There are no images to show." in text
 
@@ -203,13 +173,13 @@ def test_the_summary_has_columns_for_facts_that_any_case_has(tmp_path):
     assert "<td>1300 ml</td><td>–</td>" in text
 
 
-def test_each_picture_is_stored_once_and_the_file_needs_nothing_else(volumes, tmp_path):
+def test_each_picture_is_stored_once_and_the_file_needs_nothing_else(volumes, tmp_path, page_of):
     counts, edges = np.array([3, 0, 7]), np.array([0.0, 1.0, 2.0, 3.0])
     text = report(
         tmp_path,
         [case(volumes, histograms={"CT (HU)": (counts, edges)}), case(volumes, "other", "warn")],
     )
-    page = Page(text)
+    page = page_of(text)
     assert page.unbalanced == [] and page.open == []
     assert not page.all("script") and not page.all("link")
     images = page.all("image")

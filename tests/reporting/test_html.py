@@ -2,7 +2,6 @@ import base64
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -17,38 +16,6 @@ from clinfuse.reporting.views import CANVAS_MARGIN_MM, CaseView, chosen_slices, 
 
 SPACING_MM = (5.0, 2.0, 2.0)
 FACTS = {"preset": "stroke", "β bone": 1.2, "commit": "3f9c1ab"}
-
-
-class Page(HTMLParser):
-    """Elements with attributes, and text, of a page whose tags must be balanced."""
-
-    VOID = ("meta", "img", "input", "br", "path", "use", "link")
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.text, self.open, self.unbalanced = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID and (not self.open or self.open.pop() != tag):
-            self.unbalanced.append(tag)
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def all(self, tag, css_class=None):
-        found = [a for t, a in self.elements if t == tag]
-        return [
-            a for a in found if css_class is None or css_class in (a.get("class") or "").split()
-        ]
 
 
 def case(case_id="case_000", shape=(8, 30, 28), **changes):
@@ -93,9 +60,9 @@ def report(tmp_path, cases, tables=None, facts=FACTS, **options):
     return path.read_text("utf-8")
 
 
-def test_the_report_needs_nothing_but_itself(tmp_path, table):
+def test_the_report_needs_nothing_but_itself(tmp_path, table, page_of):
     text = report(tmp_path, [case()], {"Scores": table}, highlight="ours")
-    page = Page(text)
+    page = page_of(text)
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
     assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
     outside = r"https?:|//[a-z]|@import|url\((?!#)"
@@ -104,15 +71,15 @@ def test_the_report_needs_nothing_but_itself(tmp_path, table):
     assert all(link.startswith("#") for link in links)
 
 
-def test_the_page_is_well_formed_and_its_links_lead_somewhere(tmp_path, table):
-    page = Page(report(tmp_path, [case("a"), case("b")], {"Scores": table}, highlight="ours"))
+def test_the_page_is_well_formed_and_its_links_lead_somewhere(tmp_path, table, page_of):
+    page = page_of(report(tmp_path, [case("a"), case("b")], {"Scores": table}, highlight="ours"))
     assert page.unbalanced == [] and page.open == []
     ids = {a["id"] for _, a in page.elements if "id" in a}
     assert {a["href"][1:] for a in page.all("a")} <= ids
 
 
-def test_facts_title_and_the_warning_are_there(tmp_path):
-    text = " ".join(Page(report(tmp_path, [])).text)
+def test_facts_title_and_the_warning_are_there(tmp_path, page_of):
+    text = " ".join(page_of(report(tmp_path, [])).text)
     for expected in ("A run", "Research use only", *FACTS, *map(str, FACTS.values())):
         assert expected in text
 
@@ -155,13 +122,13 @@ def test_any_other_table_is_shown_as_it_stands(tmp_path):
     assert "<td>wavelet</td><td>0.03125</td>" in text and "Paired tests" in text
 
 
-def test_each_case_has_fifteen_tiles_with_directions_in_true_proportions(tmp_path):
+def test_each_case_has_fifteen_tiles_with_directions_in_true_proportions(tmp_path, page_of):
     view = case()
-    page = Page(report(tmp_path, [view], largest_bytes=10_000))  # no room for a stack
+    page = page_of(report(tmp_path, [view], largest_bytes=10_000))  # no room for a stack
     assert page.all("img") == []  # nor for the case
     text = report(tmp_path, [replace(view, lesion=None)])
     text = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
-    page = Page(text)
+    page = page_of(text)
     assert len(page.all("img")) == len(page.all("figure", "tile")) == 15
     sides = re.findall(r'class="side left">(\w)<.*?right">(\w)<.*?top">(\w)<.*?bottom">(\w)<', text)
     assert sides == [tuple("RLAP")] * 5 + [tuple("RLSI")] * 5 + [tuple("APSI")] * 5
@@ -178,12 +145,12 @@ def test_each_case_has_fifteen_tiles_with_directions_in_true_proportions(tmp_pat
         assert shown.width / shown.height == pytest.approx(across / along, rel=0.02)
 
 
-def test_overlays_lie_over_the_fused_image_in_every_plane_with_a_legend_in_units(tmp_path):
+def test_overlays_lie_over_the_fused_image_in_every_plane_with_a_legend_in_units(tmp_path, page_of):
     random = np.random.default_rng(0).random((8, 30, 28))
     view = case(reference=None, epistemic=0.1 * random, aleatoric=0.2 * random)
     view = replace(view, lesion_probability=np.where(view.lesion, 0.9, 0.1))
     text = re.sub(r"<details>.*?</details>", "", report(tmp_path, [view]), flags=re.S)
-    page = Page(text)
+    page = page_of(text)
     over = page.all("img", "over")
     assert len(page.all("figure", "tile")) == 3 * (4 + 3) and len(over) == 3 * 3
     assert all(decoded(image).mode == "P" for image in over)
@@ -207,15 +174,15 @@ def test_a_lone_overlay_stands_beside_the_other_panels(tmp_path):
     assert "Aleatoric</b> is the part" not in report(tmp_path, [case()])
 
 
-def test_presets_stand_side_by_side_with_their_differences_from_the_first(tmp_path):
+def test_presets_stand_side_by_side_with_their_differences_from_the_first(tmp_path, page_of):
     view = case(reference=None)
     other = replace(view, fused=view.fused + 0.1 * view.lesion, caption="α 0.5, β 2, γ 2")
     presets = {"stroke": replace(view, caption="α 1"), "bone_tumor": other, "third": view}
     text = report(tmp_path, [], presets=presets)
-    page = Page(text)
+    page = page_of(text)
     assert page.open == [] and page.unbalanced == []
     part, _, stack = text.partition("<details>")
-    tiles = Page(part).all("img")
+    tiles = page_of(part).all("img")
     of_axial = [image["alt"].split(",")[0] for image in tiles if "axial" in image["alt"]]
     columns = ["MRI", "CT as given", *presets]
     assert of_axial == [*columns, "bone_tumor − stroke", "third − stroke"]
@@ -227,7 +194,7 @@ def test_presets_stand_side_by_side_with_their_differences_from_the_first(tmp_pa
     assert np.asarray(decoded(fused["third − stroke"]).convert("RGB")).max() <= 2  # black
     assert "<small>α 0.5, β 2, γ 2</small>" in part and "<small>α 1</small>" in part
     assert "colours end at ±0.1," in part and "No voxel differs" not in part
-    assert len(Page(stack).all("img")) == 5 * len(cropped(view).mri)
+    assert len(page_of(stack).all("img")) == 5 * len(cropped(view).mri)
 
 
 def test_presets_that_change_nothing_say_so(tmp_path):
@@ -250,9 +217,9 @@ def decoded(image):
     return Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
 
 
-def test_the_tile_shows_the_chosen_slice_in_radiological_convention(tmp_path):
+def test_the_tile_shows_the_chosen_slice_in_radiological_convention(tmp_path, page_of):
     view = case()
-    first = np.asarray(decoded(Page(report(tmp_path, [view])).all("img")[0])).astype(float)
+    first = np.asarray(decoded(page_of(report(tmp_path, [view])).all("img")[0])).astype(float)
     box, d = head_box(view), chosen_slices(view)[0]
     expected = view.mri[d][box[1:]][::-1, ::-1]
     middle = first[first.shape[0] // 2]
@@ -264,18 +231,18 @@ def test_the_tile_shows_the_chosen_slice_in_radiological_convention(tmp_path):
     assert first.max() == pytest.approx(255 * (expected.max() + 1) / 2, abs=3)
 
 
-def test_panels_that_a_case_lacks_are_not_shown(tmp_path):
+def test_panels_that_a_case_lacks_are_not_shown(tmp_path, page_of):
     view = case(reference=None, spread=None, lesion=None)
     text = re.sub(r"<details>.*?</details>", "", report(tmp_path, [view]), flags=re.S)
-    page = Page(text)
+    page = page_of(text)
     assert len(page.all("img")) == 9 and not page.all("input") and not page.all("path", "outline")
     assert "--columns: 3" in text
 
 
-def test_the_lesion_is_outlined_and_its_volume_told(tmp_path):
+def test_the_lesion_is_outlined_and_its_volume_told(tmp_path, page_of):
     view = case()
     text = report(tmp_path, [view])
-    assert len(Page(text).all("path", "outline")) >= 9  # three planes of MRI, CT and fused
+    assert len(page_of(text).all("path", "outline")) >= 9  # three planes of MRI, CT and fused
     volume_ml = 4 * 3 * 5 * 2 * 2 / 1000
     assert f"lesion {volume_ml:.1f} ml" in text
     assert "no lesion" in report(tmp_path, [case(lesion=np.zeros_like(view.lesion))])
@@ -287,14 +254,14 @@ def test_scores_of_a_case_are_shown_and_an_undefined_one_says_so(tmp_path):
     assert "<dt>lesion Dice</dt><dd>undefined</dd>" in text
 
 
-def test_the_stack_holds_every_axial_slice_of_the_head(tmp_path):
+def test_the_stack_holds_every_axial_slice_of_the_head(tmp_path, page_of):
     view = case()
-    page = Page(report(tmp_path, [view]))
+    page = page_of(report(tmp_path, [view]))
     assert len(page.all("img")) == 15 + 3 * len(cropped(view).mri)
     assert len([a for a in page.all("div", "first")]) == 1
 
 
-def test_a_report_of_many_noisy_cases_stays_within_its_size(tmp_path):
+def test_a_report_of_many_noisy_cases_stays_within_its_size(tmp_path, page_of):
     random = np.random.default_rng(0)
     shape = (16, 60, 60)
     noise = random.uniform(-0.5, 1, shape)
@@ -305,20 +272,20 @@ def test_a_report_of_many_noisy_cases_stays_within_its_size(tmp_path):
     for limit in (whole // 2, whole // 12, whole // 60):
         text = report(tmp_path, views, largest_bytes=limit)
         assert len(text.encode()) <= limit
-    shown = len(Page(text).all("article"))
+    shown = len(page_of(text).all("article"))
     assert shown < 6 and f"The first {shown} of 6 cases are shown" in text
 
 
-def test_an_old_report_is_replaced_whole(tmp_path):
+def test_an_old_report_is_replaced_whole(tmp_path, page_of):
     report(tmp_path, [case("old")])
-    assert "old" not in Page(report(tmp_path, [case("new")])).text
+    assert "old" not in page_of(report(tmp_path, [case("new")])).text
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["report.html"]
 
 
-def test_a_chart_is_shown_under_its_heading_with_the_sentence_that_explains_it(tmp_path):
+def test_a_chart_is_shown_under_its_heading_with_the_sentence_that_explains_it(tmp_path, page_of):
     points = {"Bone": {"calibrated": np.array([[0.1, 0.1], [0.2, 0.3]])}}
     charts = {"Reliability": (reliability_figure(points), "Above the line <b> too sure.")}
-    page = Page(report(tmp_path, [], charts=charts))
+    page = page_of(report(tmp_path, [], charts=charts))
     assert not page.open and not page.unbalanced
     assert "Reliability" in page.text and "Above the line <b> too sure." in page.text
     assert len(page.all("svg")) == 1
