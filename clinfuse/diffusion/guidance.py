@@ -85,7 +85,8 @@ def roi_guide(
     early_loss: Loss | None = None,
     early_until: float = 1.0,
     of_mean: bool = False,
-    weights: Sequence[float] = (1.0,),
+    weights: Sequence[float] | None = None,
+    units: Sequence[Tensor | float] | None = None,
     centred: bool = False,
 ) -> Guide:
     """The guide of Alg. 1 line 10: eta_eff * grad L_ROI + eta_u * grad U.
@@ -124,8 +125,15 @@ def roi_guide(
             ``loss`` then sees one x0_hat a case, and at x0 all members take the same step,
             so that they keep the spread between them. False guides each by itself.
         weights: w of each part at x0_hat, of which what is normalised sees nothing by itself: its
-            step is eta w long and ends at 2 w / (1 + w) of its reach, the whole way at w = 1 and
-            more or less of it as w is more or less.
+            step is eta w long and ends at w / (1 + w) of its reach. The more a part weighs, the
+            further it goes; with others beside it and four steps in all, none goes so far that it
+            overshoots where its loss is steep. None is for a loss in one part.
+        units: of each part at x0_hat, how much of what its steps are measured in one of x_0 is
+            worth, at every voxel; with 1, or None, they are measured in x_0. Where x_0 is a
+            residual in error scales s, and F = mu + s x_0, steps of unit s are taken in F itself:
+            they go as far where s is small as where it is large, and a squared error falls
+            everywhere alike. Steps in x_0 move F by s^2 of its slope, so mostly where the model
+            is in doubt.
         centred: whether the denoiser is a ``centred_estimate``, by which the members' mean is
             sqrt(alpha_bar_t) times that of their x_t. The gradient of that mean's loss is then
             known through the denoiser without walking back through it.
@@ -145,7 +153,6 @@ def roi_guide(
     def correction(x_t: Tensor, noise_level: float, x0_hat: Tensor) -> Tensor:
         towards_x_t = x_t if gradient == "full" else None
         total = torch.zeros_like(x_t)
-        pulls: tuple[float, ...]
         if use_spread:
             walks_again = eta != 0 and not mean_is_known
             slope = loss_gradient(spread, x0_hat, towards_x_t, members, retain_graph=walks_again)
@@ -159,11 +166,14 @@ def roi_guide(
                     slope = of_centred(loss_gradient(followed, x0_hat, None, group), noise_level)
                 else:
                     slope = loss_gradient(followed, x0_hat, x_t, group)
-                slopes, pulls = [slope], (1.0,)
+                slopes, lengths = [slope], [(eta, 1.0)]
             else:
-                slopes, pulls = part_gradients(followed, x0_hat, group), tuple(weights)
-            for slope, pull in zip(slopes, pulls, strict=True):
-                total = total + strength * slope.step(eta * pull, 2 * pull / (1 + pull))
+                slopes = part_gradients(followed, x0_hat, group, units)
+                lengths = [(eta, 1.0)]
+                if weights is not None:
+                    lengths = [(eta * weight, weight / (1 + weight)) for weight in weights]
+            for slope, (length, relaxation) in zip(slopes, lengths, strict=True):
+                total = total + strength * slope.step(length, relaxation)
                 refused.append(~slope.is_finite)
         return total
 
@@ -215,14 +225,16 @@ class Slope:
             where it is 0 or not finite.
         reach: the Polyak step of each group, loss / |gradient|^2, in units of ``direction``.
         is_finite: whether the loss and the gradient of each sample are.
+        unit: how much of what the gradient was taken by one of x_0 is worth.
     """
 
     direction: Float[Tensor, "b c *dhw"]
     reach: Float[Tensor, " g"]
     is_finite: Bool[Tensor, " b"]
+    unit: Tensor | float = 1.0
 
     def step(self, length: float, relaxation: float = 1.0) -> Float[Tensor, "b c *dhw"]:
-        """The direction times a length, which the reach bounds.
+        """The direction times a length, which the reach bounds; in units of x_0.
 
         Args:
             length: what is asked for.
@@ -231,7 +243,8 @@ class Slope:
         """
         bounded = (relaxation * self.reach).clamp(max=length)
         bounded = bounded.repeat_interleave(len(self.direction) // len(bounded))
-        return bounded.reshape(-1, *[1] * (self.direction.ndim - 1)) * self.direction
+        step = bounded.reshape(-1, *[1] * (self.direction.ndim - 1)) * self.direction
+        return step / self.unit
 
 
 @torch.enable_grad()
@@ -266,10 +279,21 @@ def loss_gradient(
 
 
 @torch.enable_grad()
-def part_gradients(loss: Loss, x0_hat: Float[Tensor, "b c *dhw"], members: int = 1) -> list[Slope]:
+def part_gradients(
+    loss: Loss,
+    x0_hat: Float[Tensor, "b c *dhw"],
+    members: int = 1,
+    units: Sequence[Tensor | float] | None = None,
+) -> list[Slope]:
     """``loss_gradient`` at x0_hat for each part of the loss by itself.
 
     A part that does not depend on x0_hat, as the lesion's without a head, is flat.
+
+    Args:
+        loss: in as many parts as there are units.
+        x0_hat: the estimate.
+        members: how many neighbours in the batch share one root mean square.
+        units: what each part's gradient is taken by is ``unit`` times x_0; None is x_0 itself.
 
     Raises:
         RuntimeError: if none does.
@@ -277,11 +301,12 @@ def part_gradients(loss: Loss, x0_hat: Float[Tensor, "b c *dhw"], members: int =
     leaf = x0_hat.detach().requires_grad_()
     parts = _parts(loss(leaf))
     slopes = []
-    for part in parts:
+    for part, unit in zip(parts, units or [1.0] * len(parts), strict=True):
         gradient = torch.zeros_like(leaf)
         if part.requires_grad or not any(other.requires_grad for other in parts):
             (gradient,) = torch.autograd.grad(part.sum(), leaf, retain_graph=len(parts) > 1)
-        slopes.append(_slope(part, *normalise_rms(gradient, members), members))
+        slope = _slope(part, *normalise_rms(gradient / unit, members), members)
+        slopes.append(replace(slope, unit=unit))
     return slopes
 
 

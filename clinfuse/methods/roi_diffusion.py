@@ -43,7 +43,7 @@ from clinfuse.networks.rigid_registration import (
     registration_error_mm,
 )
 from clinfuse.networks.source_denoiser import SourceDenoisers
-from clinfuse.types import Denoiser, FusionBatch
+from clinfuse.types import ROI_NAMES, Denoiser, FusionBatch
 
 MAX_RESIDUAL = 8.0
 """Residuals beyond so many error scales are cut before the denoiser learns from them."""
@@ -75,6 +75,10 @@ class Guidance:
         by_region: whether brain, bone and lesion each take a step of their own, as long as eta
             times their weight, and each only as far as it has to go; false follows the sum of the
             three, as Eq. 1 does. Through the denoiser it is always the sum.
+        image_steps: whether the steps of brain, bone and lesion, each by itself, are measured in F.
+            The paper's are, for it diffuses F; the residual's own leave F where the model is sure
+            of it (s is small). What a source shows is to be had everywhere; what a lesion head
+            would like to see, only where the model leaves it open.
     """
 
     eta: float
@@ -88,6 +92,13 @@ class Guidance:
     of_mean: bool = True
     tolerance_mm: float = 0.0
     by_region: bool = True
+    image_steps: Sequence[bool] = (True, True, False)
+
+    def __post_init__(self) -> None:
+        if len(self.image_steps) != len(ROI_NAMES):
+            raise ValueError(
+                f"expected one of image_steps for each of {ROI_NAMES}, got {list(self.image_steps)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -275,6 +286,9 @@ class RoiDiffusion(FusionMethod):
             repeated(volume, seen) for volume in (anchor.mean, anchor.scale, mri, ct, roi)
         )
 
+        image_scale = repeated(anchor.scale, self.members)
+        units = [image_scale if in_image else 1.0 for in_image in settings.image_steps]
+
         head: Callable[[Tensor], Tensor] | None = None
         if self.lesion_head is not None:
             head = within(self.lesion_head, roi[:, 0:1] | roi[:, 2:3])
@@ -301,7 +315,8 @@ class RoiDiffusion(FusionMethod):
             early_loss=partial(loss, lesion_head=None),
             early_until=settings.lesion_start,
             of_mean=settings.of_mean,
-            weights=self.guidance_loss.weights if settings.by_region else (1.0,),
+            weights=self.guidance_loss.weights if settings.by_region else None,
+            units=units if settings.by_region else None,
             centred=self.centred and self.members > 1,
         )
 

@@ -542,15 +542,15 @@ def in_two_parts(x0_hat):
 
 
 def test_each_part_of_a_loss_steps_by_itself_and_only_as_far_as_it_has_to_go(x_t):
-    guide = roi_guide(in_two_parts, 0.4, 0.0, None, gradient="x0", weights=(1.0, 0.25))
+    guide = roi_guide(in_two_parts, 0.1, 0.0, None, gradient="x0", weights=(1.0, 0.25))
     correction = guide(x_t, 0.5, x_t)
-    torch.testing.assert_close(correction[..., :2], torch.full_like(x_t[..., :2], 0.01 / 2))
+    torch.testing.assert_close(correction[..., :2], torch.full_like(x_t[..., :2], 0.01 / 4))
     away = torch.zeros_like(x_t)
     away[..., 2:] = x_t[..., 2:] - 0.7
-    torch.testing.assert_close(correction[..., 2:], 0.1 * unit(away)[..., 2:])
+    torch.testing.assert_close(correction[..., 2:], 0.025 * unit(away)[..., 2:])
 
 
-@pytest.mark.parametrize("weight, of_the_way", [(0.0, 0.0), (0.25, 0.2), (1.0, 0.5), (4.0, 0.8)])
+@pytest.mark.parametrize("weight, of_the_way", [(0.0, 0.0), (0.25, 0.1), (1.0, 0.25), (4.0, 0.4)])
 def test_the_more_a_part_weighs_the_further_it_goes_where_eta_does_not_bound_it(
     x_t, weight, of_the_way
 ):
@@ -566,10 +566,35 @@ def test_through_the_denoiser_the_parts_are_followed_as_their_sum(x_t, linear_de
 
     (_, in_parts), (_, summed) = (
         estimate(linear_denoiser, x_t, roi_guide(loss, 0.4, 0.0, None, weights=weights))
-        for loss, weights in ((in_two_parts, (1.0, 0.25)), (whole, (1.0,)))
+        for loss, weights in ((in_two_parts, (1.0, 0.25)), (whole, None))
     )
     torch.testing.assert_close(in_parts, summed)
     assert in_parts.abs().max() > 0.1
+
+
+def test_steps_in_the_image_go_half_the_way_however_small_the_error_scale_is(x_t):
+    """F = s x_0 with s from 0.01 to 1, and a squared error in F that is to be halved."""
+    scale = torch.logspace(-2, 0, x_t.shape[-1], dtype=x_t.dtype).expand_as(x_t)
+
+    def moved(units):
+        guide = roi_guide(
+            lambda x: (squared_error(scale * x),), 1e6, 0.0, None, gradient="x0", units=units
+        )
+        return scale * guide(x_t, 0.5, x_t)
+
+    to_go = scale * x_t - 0.7
+    torch.testing.assert_close(moved([scale]), 0.5 * to_go)
+    in_x_0 = (moved(None) / to_go)[..., 0].abs()
+    assert in_x_0.max() < 1e-3  # where s is 0.01, F hardly moves
+
+
+def test_a_step_in_the_image_is_as_long_there_as_asked(x_t):
+    scale = torch.logspace(-2, 0, x_t.shape[-1], dtype=x_t.dtype).expand_as(x_t)
+    guide = roi_guide(
+        lambda x: (squared_error(scale * x),), 0.01, 0.0, None, gradient="x0", units=[scale]
+    )
+    moved = scale * guide(x_t, 0.5, x_t)
+    torch.testing.assert_close(moved, 0.01 * unit(scale * x_t - 0.7))
 
 
 def test_a_part_that_does_not_read_the_estimate_is_flat_and_the_others_are_not(x_t):

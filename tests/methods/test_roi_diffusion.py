@@ -17,7 +17,7 @@ from clinfuse.functional.surface import signed_distance_mm
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.methods import roi_diffusion
 from clinfuse.methods.objective import roi_loss
-from clinfuse.methods.roi_diffusion import guiding_sources, scale_loss, source_losses
+from clinfuse.methods.roi_diffusion import Guidance, guiding_sources, scale_loss, source_losses
 from clinfuse.networks.registered_blend import NoAnchor
 from clinfuse.networks.rigid_registration import Registration, SynthesisRegistration
 from clinfuse.networks.source_denoiser import SourceDenoisers
@@ -156,14 +156,15 @@ def test_kappa_off_is_another_sample_than_kappa_zero(sample_with):
 class Between(NoAnchor):
     """An anchor half way between the sources, so that both have something to gain, or elsewhere."""
 
-    def __init__(self, mean=None):
+    def __init__(self, mean=None, scale=None):
         super().__init__()
-        self.mean = mean
+        self.mean, self.scale = mean, scale
 
     def forward(self, batch):
         plain = super().forward(batch)
         mean = (batch.mri + batch.ct) / 2 if self.mean is None else self.mean
-        return replace(plain, mean=mean, scale=torch.full_like(mean, 0.1))
+        scale = torch.full_like(mean, 0.1) if self.scale is None else self.scale
+        return replace(plain, mean=mean, scale=scale)
 
 
 class BrightIsLesion(torch.nn.Module):
@@ -177,9 +178,10 @@ def distances(phantoms, knob, weight):
     """How far F is from what brain, bone and lesion are guided to, as L_ROI and otherwise."""
     method = phantoms.method("clinfuse", members=2).eval()
     method.anchor, method.lesion_head = Between(), BrightIsLesion()
-    settings = {"eta": 0.01, "eta_u": 0.0, "kappa": None, "of_mean": True, "gradient": "x0"}
+    settings = {"eta_u": 0.0, "kappa": None, "of_mean": True, "gradient": "x0"}
     method.guidance = replace(method.guidance, **settings)
-    method.guidance_loss = ClinicalRoiLoss(**{"gamma": 1.0, knob: weight})
+    weights = {"gamma": 1.0, knob: weight}
+    method.guidance_loss = ClinicalRoiLoss(**weights, fidelity=method.guidance_loss.fidelity)
     batch = phantoms.batch(0.0, case=7)
     with torch.no_grad():
         fused, anchor = method.ensemble(batch).mean(0), method.anchor(batch)
@@ -199,7 +201,7 @@ def distances(phantoms, knob, weight):
 
 @pytest.mark.parametrize("knob", ["alpha", "beta", "gamma"])
 def test_more_weight_on_a_region_brings_it_nearer_to_what_it_is_guided_to(phantoms, knob):
-    """The clinician's control (method, Eq. 2): monotone, while steps are far from arriving."""
+    """The clinician's control (method, Eq. 2): monotone, with the default strengths."""
     found = [distances(phantoms, knob, weight) for weight in (0.0, 0.5, 1.0, 2.0, 4.0)]
     for measure in range(2):
         own = [float(of[knob][measure]) for of in found]
@@ -387,6 +389,28 @@ def test_what_brain_has_to_go_lengthens_the_steps_of_bone_only_where_their_sum_i
     together = method.ensemble(batch).mean(0)
     further = (together - alone)[batch.bone].abs().mean()
     assert further < 1e-6 if by_region else further > 1e-4
+
+
+@pytest.mark.parametrize("in_image", [True, False])
+def test_steps_in_the_image_move_bone_where_the_model_is_sure_of_it_too(phantoms, in_image):
+    steps = f"guidance.image_steps=[true,{str(in_image).lower()},false]"
+    method = phantoms.method("clinfuse", steps, members=2).eval()
+    batch = phantoms.batch(0.0, case=7)
+    sure = torch.zeros_like(batch.bone)
+    sure[..., ::2] = True
+    scale = torch.where(sure, 0.01, 0.5)
+    method.anchor = Between(torch.where(batch.bone, batch.ct + 0.2, batch.mri), scale)
+    method.guidance = replace(method.guidance, eta=0.5, eta_u=0.0, kappa=None, gradient="x0")
+    method.guidance_loss = ClinicalRoiLoss(0.0, 1.0, 0.0, fidelity=(0.0, 50.0))
+    error = (method.ensemble(batch).mean(0) - batch.ct).abs()
+    where_sure, where_not = (error[batch.bone & where].mean() for where in (sure, ~sure))
+    assert where_not < 0.15
+    assert where_sure < 0.15 if in_image else where_sure > 0.19
+
+
+def test_image_steps_must_speak_of_every_region():
+    with pytest.raises(ValueError, match=r"brain.*bone.*lesion.*got \[True, False\]"):
+        Guidance(0.1, 0.0, None, image_steps=(True, False))
 
 
 @pytest.mark.parametrize("tolerance_mm", [0.0, 8.0, float("inf")])
