@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from clinfuse.callbacks.recorder import automatic_lesion
 from clinfuse.configuration import (
+    CONFIG_PATH,
     lesion_head_of,
     quiet_libraries,
     register_resolvers,
@@ -42,7 +44,9 @@ EQ_2 = {"brain": (1, 0, 0), "bone": (0, 1, 0), "lesion": (0, 0, 1), "all": (1, 1
 
 
 ENDS = ("off", "default")
-PLACES = ("all + fidelity", "followed as a sum", "CT as given", "CT registered")
+PLACES = (
+    "all + fidelity", "followed as a sum", "steps in the residual", "CT as given", "CT registered"
+)  # fmt: skip
 TERMS = ("brain", "bone", "lesion", "all", "all + Eq. 4", "all + grad U")
 SAMPLED = {0.0: (*ENDS, *PLACES, *TERMS), 2.0: (*ENDS, *PLACES)}
 """What is sampled at which misregistration; elsewhere the ends."""
@@ -80,6 +84,7 @@ def variants(own, weights, fidelity):
     rows["default"] = (*weights, fidelity, own)
     for name, change in {
         "followed as a sum": {"by_region": False},
+        "steps in the residual": {"image_steps": [False, False, False]},
         "CT as given": {"tolerance_mm": INF},
         "CT registered": {"tolerance_mm": 0.0},
     }.items():
@@ -94,6 +99,7 @@ def main(run, lesion_head, out, deterministic=None, ends_at=""):
     quiet_libraries()
     cfg = run_config(run)
     cfg.phantoms.cases, cfg.phantoms.seed = 140, 2
+    cfg.guidance = todays_guidance(cfg.guidance)
     data = instantiate(cfg.data, misregistration_mm=list(amplitudes), _convert_="all")
     data.prepare_data()
     method, head = trained_method(run, cfg), lesion_head_of(lesion_head)
@@ -139,6 +145,15 @@ def main(run, lesion_head, out, deterministic=None, ends_at=""):
                     score(batch, amplitude, source, name, sampled(method, masked, given, name))
             table.flush()
             print(amplitude, batch.case_id[0], flush=True)
+
+
+def todays_guidance(of_run):
+    """The strengths of this checkout, with the weights of the run's preset."""
+    default = OmegaConf.load(Path(CONFIG_PATH) / "guidance" / "default.yaml")
+    stated = {
+        name: value for name, value in default.items() if not OmegaConf.is_missing(default, name)
+    }
+    return OmegaConf.merge(of_run, stated)
 
 
 class Silent(torch.nn.Module):
