@@ -150,10 +150,7 @@ def main(run, lesion_head, out, deterministic=None, ends_at=""):
 def todays_guidance(of_run):
     """The strengths of this checkout, with the weights of the run's preset."""
     default = OmegaConf.load(Path(CONFIG_PATH) / "guidance" / "default.yaml")
-    stated = {
-        name: value for name, value in default.items() if not OmegaConf.is_missing(default, name)
-    }
-    return OmegaConf.merge(of_run, stated)
+    return OmegaConf.merge(of_run, default)  # in which alpha, beta and gamma are missing
 
 
 class Silent(torch.nn.Module):
