@@ -43,7 +43,8 @@ class Unusable:
 def main(cfg: DictConfig) -> None:
     """Write a study folder for each case, splits.json by patient, and quality.html.
 
-    An input that is not there is downloaded, if the cohort's licence and ``conf/dataset`` allow it.
+    With ``download=true`` an input that is not there is fetched, if the cohort's licence and
+    ``conf/dataset`` allow it.
     A case that cannot be used leaves nothing behind but a row of the report; the others go on, and
     in the end the exit status says that some are missing. A second run makes what is missing.
     """
@@ -54,7 +55,12 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"expected input and output on the command line, missing {asked}")
     source, output = Path(cfg.input), Path(cfg.output)
     if not source.exists():
-        fetch_all(cfg.dataset.source.files, cfg.dataset.source.by_hand, source, Path(cfg.cache_dir))
+        if cfg.dataset.source.files and not cfg.download:
+            raise FileNotFoundError(
+                f"expected {cfg.dataset.name} at input, found nothing at {source}; download=true "
+                f"fetches it there, under its licence, {cfg.dataset.source.licence}"
+            )
+        download(cfg.dataset.source, source, Path(cfg.cache_dir))
     cases = instantiate(cfg.dataset.cases, _convert_="all")(source, output / ".converted")
     preparation = instantiate(cfg.preparation, _convert_="all")
     output.mkdir(parents=True, exist_ok=True)
@@ -62,9 +68,11 @@ def main(cfg: DictConfig) -> None:
     usable = [study for study in studies if not study.is_refused]
     if usable:
         splits_of(usable, output, cfg.split_seed)
+    alone = sum(not study.has_ct for study in usable)
     facts = {
         "data set": cfg.dataset.name,
         "cases": f"{len(usable)} of {len(cases)} can be used",
+        "without CT": f"{alone}, which fusion cannot train on" if alone else "none",
         "registration": str(cfg.registration.kind),
         "identifiers": "kept" if preparation.keep_ids else "hashed",
         **run_facts(),
@@ -74,11 +82,30 @@ def main(cfg: DictConfig) -> None:
     path = write_cohort_report(output / REPORT, f"Quality of {cfg.dataset.name}", rows, facts)
     print(f"studies: {output} ({len(usable)} of {len(cases)} cases)")
     print(f"report: {path}")
+    if alone:
+        print(
+            f"studies without CT: {alone} of {len(usable)}; fusion trains on pairs of MRI and CT, "
+            "so data=studies refuses them"
+        )
     if len(usable) < len(cases):
         raise ValueError(
             f"expected {len(cases)} cases that can be used, got {len(usable)}: the log above names "
             f"the others, and {path} shows them"
         )
+
+
+def download(given: DictConfig, to: Path, cache: Path) -> None:
+    """The files that ``conf/dataset`` lists for a cohort, into its folder.
+
+    Raises:
+        ValueError: there are none, or they cannot be fetched or written; what came is kept.
+    """
+    if given.files:
+        log.info("%s is not there: it is fetched, under its licence, %s", to, given.licence)
+    try:
+        fetch_all(given.files, given.by_hand, to, cache)
+    except OSError as error:
+        raise ValueError(f"{error}; by hand: {given.by_hand}") from error
 
 
 def prepare(

@@ -4,14 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from clinfuse.configuration import CONFIG_PATH
 from clinfuse.data.paired_volumes import PairedVolumes
 from clinfuse.data.phantoms import make_phantom
 from clinfuse.preparation.identifiers import hashed
+from clinfuse.prepare import download, main
 
 SPACING_MM, SHAPE = (6.0, 4.0, 4.0), (24, 52, 52)
 
@@ -41,6 +48,19 @@ def prepare(*overrides, cwd):
         cwd=cwd, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def configured(*overrides):
+    """The configuration of a command."""
+    with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        return compose("prepare", ["masks=classical", *overrides])
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +138,46 @@ def test_the_studies_load_without_another_flag(cohort):
         (("input=half", "output=out"), "case Eve: expected ct, found"),
     ],
 )
-def test_a_wrong_command_ends_in_one_sentence_and_writes_nothing(tmp_path, overrides, sentence):
-    (tmp_path / "empty").mkdir()
-    write_patient(tmp_path / "half" / "Eve", 0, ct=False)
-    run = prepare(*overrides, cwd=tmp_path)
-    assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert sentence in " ".join(run.stderr.split())
-    assert not (tmp_path / "out").exists()
+def test_a_wrong_command_ends_in_one_sentence_and_writes_nothing(
+    in_folder, capsys, overrides, sentence
+):
+    (in_folder / "empty").mkdir()
+    write_patient(in_folder / "half" / "Eve", 0, ct=False)
+    with pytest.raises(SystemExit, match="1"):
+        main(configured(*overrides))
+    assert sentence in capsys.readouterr().err.splitlines()[0]
+    assert not (in_folder / "out").exists()
+
+
+def test_studies_without_a_ct_are_counted_in_the_end_and_refused_by_training(in_folder, capsys):
+    phantom = make_phantom(0, seed=7, shape=SHAPE, spacing_mm=SPACING_MM)
+    case = "sub-strokecase0001_ses-0001"
+    for name in ("flair", "dwi", "adc"):
+        write(in_folder / "in" / f"{case}_{name}.nii.gz", phantom.mri)
+    write(in_folder / "in" / f"{case}_msk.nii.gz", phantom.lesion)
+    main(configured("dataset=isles22", "input=in", "output=out"))
+    assert "studies without CT: 1 of 1; fusion trains on pairs" in capsys.readouterr().out
+    assert "1, which fusion cannot train on" in (in_folder / "out" / "quality.html").read_text()
+    data = PairedVolumes(in_folder / "out")
+    with pytest.raises(FileNotFoundError, match=rf"expected ct\.nii\.gz, found none in .*{case}"):
+        data.setup()
+
+
+def test_a_mistyped_input_fetches_nothing_that_was_not_asked_for(tmp_path, entry_point):
+    wanted = ("dataset=isles22", f"input={tmp_path / 'mistyped'}", f"output={tmp_path / 'out'}")
+    done = entry_point("clinfuse.prepare", *wanted, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert "found nothing at" in done.stderr and "download=true fetches it" in done.stderr
+    assert not (tmp_path / "mistyped").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_no_server_has_is_refused_in_one_sentence_with_the_way_by_hand(tmp_path):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/Task1.zip"
+        given = {"licence": "free", "by_hand": "go there", "files": [{"url": url, "sha256": None}]}
+        with pytest.raises(ValueError, match=f"got HTTP 404: {url}; by hand: go there"):
+            download(OmegaConf.create(given), tmp_path / "to", tmp_path / "cache")
+        server.shutdown()
+    assert not (tmp_path / "to").exists()

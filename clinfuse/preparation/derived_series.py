@@ -15,15 +15,10 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
 from clinfuse import __version__
-from clinfuse.preparation.dicom import (
-    Frame,
-    Series,
-    affine_of,
-    choose_series,
-    list_series,
-    read_header,
-    series_of_file,
-)
+from clinfuse.preparation.affines import affine_of
+from clinfuse.preparation.dicom.headers import list_series, read_header, series_of_file
+from clinfuse.preparation.dicom.series import Series, choose_series
+from clinfuse.preparation.dicom.stack import Frame
 from clinfuse.preparation.identifiers import hashed
 
 WARNING = "RESEARCH USE ONLY"

@@ -85,12 +85,6 @@ class MaskProvider(Protocol):
 class Classical:
     """Brain and bone by thresholds and morphology of the CT; a lesion only from its file."""
 
-    def __post_init__(self) -> None:
-        log.info(
-            "brain and bone by thresholds and morphology of the CT (classical masks): "
-            "TotalSegmentator is not in use"
-        )
-
     def __call__(self, mri: sitk.Image, ct: sitk.Image, files: Mapping[str, Path]) -> Masks:
         """The masks of one registered pair; MRI is not looked at.
 

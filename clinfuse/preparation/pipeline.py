@@ -18,7 +18,13 @@ from clinfuse.preparation.grids import is_on, on_grid
 from clinfuse.preparation.identifiers import hashed, without_identity
 from clinfuse.preparation.masks import Files, MaskProvider, Masks, plausibility
 from clinfuse.preparation.quality import Quality, quality
-from clinfuse.preparation.reading import check_not_swapped, looks_like_ct, read_scan
+from clinfuse.preparation.reading import (
+    check_not_swapped,
+    check_not_uniform,
+    looks_like_ct,
+    mixed_up,
+    read_scan,
+)
 from clinfuse.preparation.registration import Registration, write_transform
 from clinfuse.preparation.scan import CaseFiles, Scan
 
@@ -56,6 +62,11 @@ class Prepared:
     def is_refused(self) -> bool:
         """Whether it was put aside, not to be used."""
         return self.folder.parent.name == REFUSED
+
+    @property
+    def has_ct(self) -> bool:
+        """Whether it is a pair: some cohorts hand out MRI alone."""
+        return (self.folder / "ct.nii.gz").is_file()
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,8 @@ class Preparation:
             for name, path in case.files.items()
             if name not in MASKS
         }
+        for scan in scans.values():
+            check_not_uniform(scan)
         grid, has_ct = grid_of(scans["mri"].image, self.spacing_mm), "ct" in scans
         ways = dict.fromkeys(scans, sitk.Transform(3, sitk.sitkIdentity))
         found = self._registered(case, scans) if has_ct else None
@@ -161,6 +174,7 @@ class Preparation:
             doubts = plausibility(
                 Masks(masks["brain_mask"], masks["bone_mask"], masks.get("lesion_mask"), provenance)
             )
+            doubts += mixed_up(scans["mri"], scans["ct"])
         for name in own:  # of the file as it was brought, not as it lies on this grid
             provenance[name] = {"tool": "file", "sha256": sha256(case.files[name])}
         notes = [f"{name}: {note}" for name, scan in scans.items() for note in scan.notes]

@@ -12,15 +12,10 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from pydicom.misc import is_dicom
 
-from clinfuse.preparation.dicom import (
-    affine_of,
-    choose_series,
-    image_at,
-    list_series,
-    read_series,
-    series_of_file,
-    upright,
-)
+from clinfuse.preparation.affines import affine_of, image_at, upright
+from clinfuse.preparation.dicom.headers import list_series, series_of_file
+from clinfuse.preparation.dicom.series import choose_series
+from clinfuse.preparation.dicom.volume import read_series
 from clinfuse.preparation.scan import Scan
 
 NIFTI, ITK_FORMATS = (".nii", ".nii.gz"), (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -34,6 +29,9 @@ SOFT_TISSUE_HU = (-20.0, 100.0)
 
 LEAST_HU = -1024.0
 """CT has nothing below: scanners fill the corners that they do not see with -2048 or so."""
+
+LEAST_EXTENT_MM = 2.0
+"""A head whose header counts in metres is 0.2 across."""
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -52,9 +50,9 @@ def read_scan(path: Path | str, series: str | int | None = None) -> Scan:
 
     Raises:
         FileNotFoundError: nothing there, or no DICOM in the folder.
-        ValueError: what cannot be used, in one sentence: see ``dicom.choose_series`` and
-            ``dicom.read_series``; and a truncated file, an image that is not 3-D, colour, NaN,
-            a voxel size of zero, a header that contradicts itself on left and right.
+        ValueError: what cannot be used, in one sentence: see ``choose_series`` and
+            ``read_series``; and a truncated file, an image that is not 3-D, colour, NaN,
+            a voxel size of zero or in metres, a header that contradicts itself on left and right.
     """
     path = Path(path)
     if path.is_dir():
@@ -110,6 +108,26 @@ def check_not_swapped(mri: Scan, ct: Scan) -> None:
         raise ValueError(f"expected an MRI, got a CT{_evidence(mri)}: {mri.source}")
     if ct_is_ct is False:
         raise ValueError(f"expected a CT, got an MRI{_evidence(ct)}: {ct.source}")
+
+
+def check_not_uniform(scan: Scan) -> None:
+    """Refuse a scan that shows nothing: one value in every voxel.
+
+    Raises:
+        ValueError: in one sentence, with the file.
+    """
+    values = sitk.GetArrayViewFromImage(scan.image)
+    if values.min() == values.max():
+        raise ValueError(
+            f"expected an image, got {values.min() + 0.0:g} in every voxel: {scan.source}"
+        )
+
+
+def mixed_up(mri: Scan, ct: Scan) -> list[str]:
+    """The doubt that files which name two patients raise; none where one of them names nobody."""
+    if mri.patient is None or ct.patient is None or mri.patient == ct.patient:
+        return []
+    return ["the files of MRI and CT name two patients: one person in two archives, or a mix-up"]
 
 
 def _is_ct(scan: Scan) -> bool | None:
@@ -236,6 +254,12 @@ def _three_dimensional(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
 
 def _checked(image: sitk.Image, path: Path, notes: list[str]) -> Scan:
     """A scan of finite voxels and perpendicular axes, without padding below air."""
+    extent_mm = max(n * size for n, size in zip(image.GetSize(), image.GetSpacing(), strict=True))
+    if extent_mm < LEAST_EXTENT_MM:
+        raise ValueError(
+            f"expected a head in millimetres, got a field of view of {extent_mm:.2g} mm, as of a "
+            f"header in metres: {path}"
+        )
     array = sitk.GetArrayViewFromImage(image)
     bad = int(array.size - np.isfinite(array).sum())
     if bad:

@@ -2,8 +2,9 @@
 
 Mutual information alone says little: its height depends on the scans. What tells a wrong result is
 that another search, begun elsewhere with other samples, arrives elsewhere; that the heads do not
-cover each other; or that moving the scan away hardly matters. The limits were set on the trials of
-``experiments/registration``, where results known to be wrong were to be found out.
+cover each other; that moving the scan away hardly matters; or that the head, which has one shape,
+would fit better stretched, as another patient's does. The limits were chosen, not fitted;
+``experiments/registration`` has the trials they are judged on.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
-from clinfuse.preparation.registration_deformation import smallest_jacobian
+from clinfuse.preparation.registration_deformation import smallest_jacobian, stretched
 from clinfuse.preparation.registration_search import (
     Pyramid,
     apart_mm,
@@ -36,6 +37,10 @@ OVERLAP = (0.92, 0.85)
 
 SHARPNESS = (0.20, 0.12)
 """Share of mutual information lost ``ASIDE_MM`` away below which the optimum is blunt."""
+
+STRETCH_MM = (2.4, 4.5)
+"""An affine fit that ends further than this from the rigid one is of another head, or of a scan
+whose voxels have another size than its file states."""
 
 ASIDE_MM = 10.0
 
@@ -60,6 +65,8 @@ class Quality:
             search from other starts with other samples.
         mutual_information_elsewhere: where that other search ended.
         sharpness: share of mutual information lost on average when the scan is moved by 10 mm.
+        stretch_mm: root mean square over the head between the rigid motion found and the affine
+            transform that fits best near it: small for two scans of one head, whose shape is one.
         head_overlap: share of the smaller head that lies in the other, where the moving scan has a
             view; not Dice, since an ADC map shows little more than the brain.
         covered: share of the fixed head in that view.
@@ -75,6 +82,7 @@ class Quality:
     disagreement_mm: float
     mutual_information_elsewhere: float
     sharpness: float
+    stretch_mm: float
     head_overlap: float
     covered: float
     mirrored_gain: float
@@ -109,6 +117,10 @@ class Quality:
                 _below(self.sharpness, SHARPNESS),
                 f"moving the CT by {ASIDE_MM:g} mm costs only {self.sharpness:.0%} of the mutual "
                 "information",
+            ),
+            (
+                _above(self.stretch_mm, STRETCH_MM),
+                f"the heads differ in shape: an affine fit ends {self.stretch_mm:.1f} mm away",
             ),
             (
                 _below(self.covered, COVERED),
@@ -156,18 +168,20 @@ def measured(
     aside = np.mean([mutual_information(level, other) for other in _moved_aside(transform)])
     overlap, covered = _overlap(pyramid, transform)
     still = sitk.Transform(3, sitk.sitkIdentity)
-    moved = np.array([transform.TransformPoint(point) for point in points_mm.tolist()])
+    rigid = _rigid_part(points_mm, transform)
+    near = _rigid_part(points_mm, elsewhere) if is_given else rigid  # a given place may be off
     return Quality(
         mutual_information_before=mutual_information(level, still),
         mutual_information=here,
         disagreement_mm=apart_mm(transform, elsewhere, points_mm),
         mutual_information_elsewhere=there,
         sharpness=float(1 - aside / here) if here > 0 else 0.0,
+        stretch_mm=apart_mm(stretched(level, near, seed), near, points_mm),
         head_overlap=overlap,
         covered=covered,
         mirrored_gain=in_mirror / max(here, there) - 1 if max(here, there) > 0 else 0.0,
-        moved_mm=float(np.linalg.norm(np.mean(moved - points_mm, axis=0))),
-        turned_deg=_turn_deg(points_mm, moved),
+        moved_mm=float(np.linalg.norm(rigid.GetTranslation())),
+        turned_deg=_turn_deg(rigid),
         smallest_jacobian=smallest_jacobian(level, transform),
         is_given=is_given,
     )
@@ -199,10 +213,21 @@ def _overlap(pyramid: Pyramid, transform: sitk.Transform) -> tuple[float, float]
     return float(overlap), float((fixed & view).sum() / max(fixed.sum(), 1))
 
 
-def _turn_deg(points: np.ndarray, moved: np.ndarray) -> float:
-    """The angle of the rotation that takes points to where they were moved, as well as one can."""
-    turn, _ = Rotation.align_vectors(moved - moved.mean(axis=0), points - points.mean(axis=0))
-    return float(np.degrees(turn.magnitude()))
+def _rigid_part(points_mm: np.ndarray, transform: sitk.Transform) -> sitk.Euler3DTransform:
+    """The rigid motion that takes points to where a transform takes them, as well as one can."""
+    moved_mm = np.array([transform.TransformPoint(point) for point in points_mm.tolist()])
+    centre, goal = points_mm.mean(axis=0), moved_mm.mean(axis=0)
+    turn, _ = Rotation.align_vectors(moved_mm - goal, points_mm - centre)
+    motion = sitk.Euler3DTransform()
+    motion.SetCenter(centre.tolist())
+    motion.SetMatrix(turn.as_matrix().ravel().tolist())
+    motion.SetTranslation((goal - centre).tolist())
+    return motion
+
+
+def _turn_deg(motion: sitk.Euler3DTransform) -> float:
+    matrix = np.array(motion.GetMatrix()).reshape(3, 3)
+    return float(np.degrees(Rotation.from_matrix(matrix).magnitude()))
 
 
 def _above(value: float, limits: Sequence[float]) -> Verdict | None:

@@ -1,4 +1,4 @@
-"""The rigid or affine motion between two scans of a head: many coarse starts, few refined.
+"""The rigid motion between two scans of a head: many coarse starts, few refined.
 
 Mattes mutual information (Mattes et al. 2003) by SimpleITK, on a pyramid in millimetres, so that
 thick slices are smoothed only within their plane. Run it ``in_one_thread``: ITK adds the parts of a
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TypeVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -18,8 +17,6 @@ from jaxtyping import Float
 from scipy.ndimage import binary_dilation
 
 from clinfuse.roi.masks import head_mask
-
-Motion = TypeVar("Motion", bound=sitk.Transform)
 
 HU_WINDOW = (-1000.0, 1000.0)
 """Air to bone. Cut at -200 HU instead, the edge of the skin in CT lies outside that in MRI."""
@@ -55,6 +52,8 @@ class Level:
     moving: sitk.Image
     mask: sitk.Image
     spacing_mm: float
+    seen: sitk.Image | None = None
+    """Where the moving scan was measured; not asked where None."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,14 @@ def in_one_thread() -> Iterator[None]:
 
 
 def pyramid(fixed: sitk.Image, moving: sitk.Image) -> Pyramid:
-    """Both scans windowed, smoothed and resampled to ``LEVELS_MM``."""
+    """Both scans windowed, smoothed and resampled to ``LEVELS_MM``.
+
+    At the finest level the padding of the moving scan is left out, and one voxel beside it: where
+    a scan was cut, its edge is as strong as the skull and is not the patient's. The coarser levels
+    look at it, since a scan whose air is constant has no skin without it.
+    """
     fixed_head, moving_head = head_image(fixed), head_image(moving)
+    measured = _measured(moving)
     fixed, moving = _windowed(fixed), _windowed(moving)
     levels = []
     for spacing_mm in LEVELS_MM:
@@ -101,6 +106,7 @@ def pyramid(fixed: sitk.Image, moving: sitk.Image) -> Pyramid:
         near = sitk.Resample(fixed_head, coarse, sitk.Transform(), sitk.sitkNearestNeighbor)
         mask = _dilated(near, RIM_MM)
         levels.append(Level(coarse, _coarser(moving, spacing_mm), mask, spacing_mm))
+    levels[-1] = replace(levels[-1], seen=_seen(measured, LEVELS_MM[-1]))
     points_mm = _points_mm(levels[0].fixed, fixed_head)
     moving_centre_mm = _points_mm(_coarser(moving, LEVELS_MM[0]), moving_head).mean(axis=0)
     return Pyramid(tuple(levels), fixed_head, moving_head, points_mm, moving_centre_mm)
@@ -108,7 +114,14 @@ def pyramid(fixed: sitk.Image, moving: sitk.Image) -> Pyramid:
 
 def mirrored(pyramid: Pyramid) -> Pyramid:
     """The same with the moving scan exchanged left for right about the middle of its grid."""
-    levels = tuple(replace(level, moving=_mirrored(level.moving)) for level in pyramid.levels)
+    levels = tuple(
+        replace(
+            level,
+            moving=_mirrored(level.moving),
+            seen=None if level.seen is None else _mirrored(level.seen),
+        )
+        for level in pyramid.levels
+    )
     head = _mirrored(pyramid.moving_head)
     centre_mm = _points_mm(levels[0].moving, head).mean(axis=0)
     return replace(pyramid, levels=levels, moving_head=head, moving_centre_mm=centre_mm)
@@ -143,12 +156,12 @@ def search(pyramid: Pyramid, seed: int, levels: int | None = None) -> list[sitk.
     return [best, *_different([best, *others], pyramid.points_mm, least_mm=middle.spacing_mm)[1:]]
 
 
-def refined(level: Level, start: Motion, seed: int) -> Motion:
-    """The local optimum of mutual information that gradient descent from ``start`` arrives at.
+def refined(level: Level, start: sitk.Euler3DTransform, seed: int) -> sitk.Euler3DTransform:
+    """The rigid motion that gradient descent of mutual information from ``start`` arrives at.
 
     Args:
         level: both scans at one voxel size.
-        start: Euler3DTransform or AffineTransform; a new one of its kind is returned.
+        start: stays as it is.
         seed: of the points the metric looks at.
     """
     method = metric(level)
@@ -162,9 +175,8 @@ def refined(level: Level, start: Motion, seed: int) -> Motion:
         relaxationFactor=0.7,  # at 0.5 a few zigzags end it early
         gradientMagnitudeTolerance=1e-8,
     )
-    turns = start.GetNumberOfParameters() - 3
-    method.SetOptimizerScales([HEAD_RADIUS_MM**2] * turns + [1.0] * 3)
-    transform = _copy(start)
+    method.SetOptimizerScales([HEAD_RADIUS_MM**2] * 3 + [1.0] * 3)
+    transform = sitk.Euler3DTransform(start)
     method.SetInitialTransform(transform, inPlace=True)
     try:
         method.Execute(level.fixed, level.moving)
@@ -188,6 +200,8 @@ def metric(level: Level) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(BINS)
     method.SetMetricFixedMask(level.mask)
+    if level.seen is not None:
+        method.SetMetricMovingMask(level.seen)
     method.MetricUseFixedImageGradientFilterOff()  # it smooths by the widest voxel side:
     method.MetricUseMovingImageGradientFilterOff()  # at 5 mm its gradients led downhill
     method.SetInterpolator(sitk.sitkLinear)
@@ -255,6 +269,18 @@ def _windowed(image: sitk.Image) -> sitk.Image:
     return sitk.Clamp(image, sitk.sitkFloat32, float(low), float(high))
 
 
+def _measured(image: sitk.Image) -> sitk.Image:
+    """One where a scan has values, zero in the padding about it, whose value is the smallest."""
+    lowest = float(sitk.GetArrayViewFromImage(image).min())
+    return sitk.BinaryFillhole(sitk.Cast(image > lowest, sitk.sitkUInt8), False, 1.0)
+
+
+def _seen(measured: sitk.Image, spacing_mm: float) -> sitk.Image:
+    """Voxels of which everything was measured, and the voxels beside them too."""
+    whole = _coarser(sitk.Cast(measured, sitk.sitkFloat32), spacing_mm) > 0.99
+    return sitk.BinaryErode(whole, [1, 1, 1], sitk.sitkBox, 0.0, 1.0, True)
+
+
 def _coarser(image: sitk.Image, spacing_mm: float) -> sitk.Image:
     """The same field of view in voxels of about ``spacing_mm``; coarser axes stay as they are.
 
@@ -306,20 +332,16 @@ def _starts(pyramid: Pyramid, seed: int) -> Iterator[sitk.Euler3DTransform]:
         yield sitk.Euler3DTransform(centre.tolist(), *turn.tolist(), move.tolist())
 
 
-def _best(level: Level, transforms: Sequence[Motion]) -> list[Motion]:
+def _best(level: Level, transforms: Sequence[sitk.Euler3DTransform]) -> list[sitk.Euler3DTransform]:
     return sorted(transforms, key=lambda each: -mutual_information(level, each))
 
 
 def _different(
-    transforms: Sequence[Motion], points_mm: np.ndarray, least_mm: float
-) -> list[Motion]:
+    transforms: Sequence[sitk.Euler3DTransform], points_mm: np.ndarray, least_mm: float
+) -> list[sitk.Euler3DTransform]:
     """The transforms without those that lie close to one before them."""
-    kept: list[Motion] = []
+    kept: list[sitk.Euler3DTransform] = []
     for each in transforms:
         if all(apart_mm(each, other, points_mm) > least_mm for other in kept):
             kept.append(each)
     return kept
-
-
-def _copy(transform: Motion) -> Motion:
-    return type(transform)(transform)

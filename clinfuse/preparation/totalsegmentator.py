@@ -293,12 +293,23 @@ class TotalSegmentator:
 
 
 def totalsegmentator_or_classical(**options: Any) -> MaskProvider:
-    """TotalSegmentator where it is to be found, with these options; else classical masks."""
+    """TotalSegmentator where it is to be found, with these options; else classical masks.
+
+    Raises:
+        FileNotFoundError: a program was named, and is not there.
+    """
     provider = TotalSegmentator(**options)
     try:
-        return provider if provider.version else Classical()
+        log.info("brain and bone are by TotalSegmentator %s", provider.version)
+        return provider
     except FileNotFoundError as error:
-        log.warning("%s; classical masks instead", error)
+        if provider.program is not None:
+            raise
+        log.warning(
+            "%s; until then brain and bone are by thresholds and morphology of the CT "
+            "(masks=classical)",
+            error,
+        )
         return Classical()
 
 

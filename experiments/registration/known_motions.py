@@ -76,11 +76,12 @@ def pairs(
         for _ in range(40):
             yield "templates", mri, ct, reference, True
         return
-    for folder in sorted((data / "harvard_studies").iterdir()):
+    references: dict[str, sitk.Transform] = {}
+    for folder in 2 * sorted((data / "harvard_studies").iterdir()):
         mri, ct = (read(folder / f"{name}.nii.gz") for name in ("mri", "ct"))
-        reference = searched(mri, ct)
-        for _ in range(2):
-            yield folder.name, mri, ct, reference, False
+        if folder.name not in references:
+            references[folder.name] = searched(mri, ct)
+        yield folder.name, mri, ct, references[folder.name], False
 
 
 def searched(mri: sitk.Image, ct: sitk.Image) -> sitk.Transform:

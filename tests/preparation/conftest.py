@@ -27,6 +27,11 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from clinfuse.preparation.dicom.headers import list_series
+from clinfuse.preparation.dicom.series import choose_series
+from clinfuse.preparation.dicom.volume import read_series
+from clinfuse.preparation.scan import Scan
+
 GDCM_COMPRESSORS = {JPEG2000Lossless: "JPEG2000", JPEGLosslessSV1: "JPEG"}
 
 
@@ -204,18 +209,36 @@ def _by_gdcm(plane: np.ndarray, compressor: str) -> bytes:
         return next(generate_frames(pydicom.dcmread(f"{folder}/frame.dcm").PixelData))
 
 
+def hounsfield(shape: Sequence[int] = (8, 20, 24), seed: int = 0) -> np.ndarray:
+    """Whole numbers from air to bone."""
+    return np.random.default_rng(seed).integers(-1000, 2000, shape).astype(np.float32)
+
+
+def read_folder(folder: Path, series: str | int | None = None) -> Scan:
+    """A folder of DICOM, listed, chosen from and read."""
+    return read_series(choose_series(list_series(folder), folder, series), folder)
+
+
+def voxels_of(scan: Scan) -> np.ndarray:
+    """The voxels of a scan, (k, j, i)."""
+    return sitk.GetArrayFromImage(scan.image)
+
+
 @dataclass(frozen=True)
-class DicomWriter:
-    """``write_series`` and ``lps_affine`` for the tests of this folder."""
+class DicomFiles:
+    """The functions above for the tests of this folder."""
 
     write = staticmethod(write_series)
     affine = staticmethod(lps_affine)
+    hounsfield = staticmethod(hounsfield)
+    read = staticmethod(read_folder)
+    voxels = staticmethod(voxels_of)
 
 
 @pytest.fixture(scope="session")
-def dicom() -> DicomWriter:
-    """Writes DICOM series from arrays."""
-    return DicomWriter()
+def dicom() -> DicomFiles:
+    """Writes DICOM series from arrays, and reads them back."""
+    return DicomFiles()
 
 
 @pytest.fixture(scope="session")

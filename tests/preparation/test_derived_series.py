@@ -8,8 +8,9 @@ from pydicom.uid import generate_uid
 from scipy.spatial.transform import Rotation
 
 from clinfuse.data.phantoms import make_phantom
+from clinfuse.preparation.affines import affine_of, image_at
 from clinfuse.preparation.derived_series import write_derived_series
-from clinfuse.preparation.dicom import affine_of, image_at, list_series
+from clinfuse.preparation.dicom.headers import list_series
 from clinfuse.preparation.identifiers import hashed
 from clinfuse.preparation.reading import read_scan
 

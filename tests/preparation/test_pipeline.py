@@ -252,3 +252,11 @@ def test_no_voxel_size_is_the_mris_own_grid_and_nonsense_is_refused(phantom):
     assert grid_of(mri, None) is mri
     with pytest.raises(ValueError, match="expected three positive voxel sizes"):
         grid_of(mri, (1.0, 0.0, 1.0))
+
+
+def test_an_image_that_shows_nothing_is_refused_with_its_file(case, tmp_path):
+    nothing = tmp_path / "ct.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(case.files["ct"]) * 0, nothing)
+    with pytest.raises(ValueError, match=f"expected an image, got 0 in every voxel: {nothing}"):
+        PREPARATION(replace(case, files={**case.files, "ct": nothing}), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))

@@ -8,8 +8,8 @@ import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
 from clinfuse.data.phantoms import make_phantom, ras_affine
-from clinfuse.preparation.dicom import affine_of
-from clinfuse.preparation.reading import check_not_swapped, looks_like_ct, read_scan
+from clinfuse.preparation.affines import affine_of
+from clinfuse.preparation.reading import check_not_swapped, looks_like_ct, mixed_up, read_scan
 from clinfuse.preparation.scan import Scan
 
 SHAPE, SPACING_MM = (20, 150, 130), (5.0, 0.9, 0.9)
@@ -257,6 +257,27 @@ def test_four_dimensions_are_refused(tmp_path, small, ending):
 def test_a_fourth_axis_of_length_one_is_dropped(tmp_path, small, ending):
     sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(small)]), tmp_path / f"scan{ending}")
     np.testing.assert_array_equal(voxels(read_scan(tmp_path / f"scan{ending}")), small)
+
+
+@pytest.mark.parametrize(
+    ("mri", "ct", "doubts"), [("MRN-1", "MRN-1", 0), ("MRN-1", "MRN-2", 1), ("MRN-1", "", 0)]
+)
+def test_an_mri_and_a_ct_of_two_patients_are_doubted_and_not_named(
+    dicom, tmp_path, mri, ct, doubts
+):
+    for name, patient in (("mri", mri), ("ct", ct)):
+        dicom.write(
+            tmp_path / name, dicom.hounsfield(), dicom.affine(), patient_id=patient,
+            patient_name="",
+        )  # fmt: skip
+    found = mixed_up(read_scan(tmp_path / "mri"), read_scan(tmp_path / "ct"))
+    assert len(found) == doubts and "MRN" not in "".join(found)
+
+
+def test_a_header_in_metres_is_refused(tmp_path, small):
+    nib.save(nib.Nifti1Image(small.T, np.diag([0.009, 0.009, 0.012, 1])), tmp_path / "scan.nii")
+    with pytest.raises(ValueError, match=r"got a field of view of 0\.22 mm, as of a .* in metres"):
+        read_scan(tmp_path / "scan.nii")
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])

@@ -7,6 +7,7 @@ import pytest
 import SimpleITK as sitk
 
 from clinfuse.data.phantoms import make_phantom
+from clinfuse.preparation.grids import on_grid
 from clinfuse.preparation.registration_quality import Quality, measured
 from clinfuse.preparation.registration_search import in_one_thread, pyramid, search
 
@@ -18,6 +19,7 @@ GOOD = Quality(
     disagreement_mm=0.2,
     mutual_information_elsewhere=0.8,
     sharpness=0.4,
+    stretch_mm=0.5,
     head_overlap=0.98,
     covered=1.0,
     mirrored_gain=-0.05,
@@ -52,6 +54,7 @@ def test_a_good_registration_passes_without_a_word():
         ({"disagreement_mm": 7.0}, "fail", "another search ended 7.0 mm away"),
         ({"head_overlap": 0.5}, "fail", "only 50% of the smaller head lies in the other"),
         ({"sharpness": 0.05}, "fail", "moving the CT by 10 mm costs only 5%"),
+        ({"stretch_mm": 12.0}, "fail", "the heads differ in shape: an affine fit ends 12.0 mm"),
         ({"covered": 0.4}, "warn", "only 40% of the head in the MRI is in view of the CT"),
         ({"mirrored_gain": 0.08}, "warn", "the CT fits better mirrored left to right: by 8.0%"),
         ({"turned_deg": 180.0}, "warn", "turned by 180 degrees"),
@@ -87,6 +90,22 @@ def test_a_result_that_is_off_by_more_than_a_voxel_does_not_pass(searched, move_
     quality = measured(searched[0], move, searched[1], seed=0)
     assert quality.verdict == "fail"
     assert quality.disagreement_mm == pytest.approx(np.linalg.norm(move_mm), abs=1.0)
+
+
+def test_the_stretch_is_how_far_a_scale_moves_the_head(head, image_of):
+    mri, ct = (image_of(scan, head.spacing_mm) for scan in (head.mri, head.ct_hu))
+    factors = (1.08, 1.0, 0.95)
+    with in_one_thread():
+        centre_mm = pyramid(mri, ct).centre_mm
+        scale = sitk.AffineTransform(3)
+        scale.SetCenter(centre_mm.tolist())
+        scale.Scale(factors)
+        both = pyramid(mri, on_grid(ct, ct, scale.GetInverse(), fill=-1000))
+        quality = measured(both, STILL, STILL, seed=0)
+    moved_mm = (both.points_mm - centre_mm) * (np.array(factors) - 1)
+    expected_mm = np.sqrt(np.mean(np.sum(moved_mm**2, axis=1)))
+    assert quality.stretch_mm == pytest.approx(expected_mm, abs=1.0)  # a quarter of a voxel
+    assert any("the heads differ in shape" in reason for reason in quality.reasons)
 
 
 def test_a_ct_stored_the_wrong_way_round_is_told_from_one_that_is_not(head, searched, image_of):

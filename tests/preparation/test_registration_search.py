@@ -1,5 +1,7 @@
 """The search for a rigid motion, on phantom heads moved by known ones."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -124,6 +126,35 @@ def test_mirrored_twice_is_as_before(scans):
         upright = sitk.GetArrayFromImage(sitk.DICOMOrient(level.moving, "RAS"))
         np.testing.assert_array_equal(sitk.GetArrayFromImage(twice.moving), upright)
     np.testing.assert_allclose(again.moving_centre_mm, both.moving_centre_mm, atol=4.0)
+
+
+def test_the_finest_level_leaves_out_padding_and_the_voxel_beside_it(scans):
+    mri, ct = scans
+    cut = sitk.GetArrayFromImage(ct)
+    cut[:, :, 40:] = -2000.0  # not the air of the scan, which is in no way left out
+    padded = sitk.GetImageFromArray(cut)
+    padded.CopyInformation(ct)
+    coarse, middle, fine = pyramid(mri, padded).levels
+    assert coarse.seen is middle.seen is None
+    seen = sitk.GetArrayFromImage(fine.seen).astype(bool)
+    assert seen[:, :, :39].all() and not seen[:, :, 39:].any()
+
+
+def test_where_a_scan_was_cut_does_not_draw_the_head_away(scans):
+    mri, ct = scans
+    cut = sitk.GetArrayFromImage(ct)
+    slice_, row, _ = np.indices(cut.shape)
+    cut[slice_ < 16 - 0.2 * row] = -1024.0  # lean, as the gantry's slices after a turn of the head
+    below = sitk.GetImageFromArray(cut)
+    below.CopyInformation(ct)
+    with in_one_thread():
+        both = pyramid(mri, below)
+        start = motion_about(both.centre_mm, (0, 0, 0), (0, 0, 0))
+        left_out, looked_at = (
+            apart_mm(refined(level, start, seed=0), STILL, both.points_mm)
+            for level in (both.levels[-1], replace(both.levels[-1], seen=None))
+        )
+    assert left_out < 0.75 * looked_at
 
 
 def test_thick_slices_stay_and_planes_get_coarser(image_of):

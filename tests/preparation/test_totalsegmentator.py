@@ -6,6 +6,7 @@ writes masks as the tool does. The real tool runs with models without training w
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -269,14 +270,21 @@ def test_the_package_of_this_environment_is_called_through_its_api(tmp_path, mon
     assert masks.provenance["bone"]["version"] == "2.98.0"
 
 
-def test_where_there_is_no_tool_masks_are_classical_and_the_log_says_so(
+def test_where_there_is_no_tool_masks_are_classical_and_the_log_says_so_once(
     program, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert totalsegmentator_or_classical() == Classical()
-    assert "classical masks instead" in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert totalsegmentator_or_classical() == Classical()
+    (said,) = caplog.messages
+    assert "expected TotalSegmentator" in said and "masks=classical" in said
     monkeypatch.setenv("PATH", str(program().parent))
     assert isinstance(totalsegmentator_or_classical(), TotalSegmentator)
+
+
+def test_a_tool_that_was_named_and_is_not_there_is_not_replaced(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected the program TotalSegmentator"):
+        totalsegmentator_or_classical(program=tmp_path / "TotalSegmentator")
 
 
 @pytest.mark.slow

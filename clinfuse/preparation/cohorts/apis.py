@@ -24,7 +24,7 @@ from typing import Literal, get_args
 from clinfuse.preparation.cohorts.inventory import (
     collect,
     folders_named,
-    image_named,
+    images_named,
     is_current,
     read_image,
     required,
@@ -67,21 +67,15 @@ def cases(
 
 def _case(folder: Path, work: Path, expert: Expert, is_registered: bool) -> CaseFiles:
     name = folder.name
-    paths = {
-        "ncct": image_named(folder, f"{name}_ncct"),
-        "adc": image_named(folder, f"{name}_adc"),
-        "r1": image_named(folder / "masks", f"{name}_r1_mask"),
-        "r2": image_named(folder / "masks", f"{name}_r2_mask"),
-    }
-    images = {key: path for key, path in paths.items() if path is not None}
-    files = {
-        "mri": required(images, "adc", name, folder),
-        "ct": required(images, "ncct", name, folder),
-    }
-    if expert in ("r1", "r2"):
-        files["lesion_mask"] = required(images, expert, name, folder)
+    names = {"ncct": f"{name}_ncct", "adc": f"{name}_adc"}
+    masks = {one: f"masks/{name}_{one}_mask" for one in ("r1", "r2")}
+    images = images_named(folder, names | masks)
+    wanted = {"mri": "adc", "ct": "ncct"}
+    if expert in masks:
+        files = required(images, {**wanted, "lesion_mask": expert}, name, folder)
     else:
-        first, second = (required(images, one, name, folder) for one in ("r1", "r2"))
+        files = required(images, wanted, name, folder)
+        first, second = required(images, {one: one for one in masks}, name, folder).values()
         to = work / name / f"{expert}_mask.nii.gz"
         if not is_current(to, first, second):
             write_together(first, second, to, is_union=expert == "either")

@@ -112,12 +112,10 @@ def _case(folder: Path, work: Path, contrast: str, labels: Sequence[int] | None)
         for one in theirs
         if (path := image_named(folder, f"{name}{mark}{one}"))
     }
-    files = {"mri": required(images, contrast, name, folder)}
-    for other in NAMES:
-        if other != contrast:
-            files[other] = required(images, other, name, folder)
+    wanted = {"mri": contrast, **{one: one for one in NAMES if one != contrast}}
+    files = required(images, {**wanted, "lesion_mask": "seg"}, name, folder)
+    segmentation = files["lesion_mask"]
     known = (1, 2, 3) if visit else (1, 2, 4)
-    segmentation = required(images, "seg", name, folder)
     chosen = known if labels is None else labels
     mark = "" if labels is None else "_of_" + "_".join(str(label) for label in sorted(labels))
     to = work / name / f"lesion_mask{mark}.nii.gz"

@@ -32,9 +32,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from clinfuse.preparation.cohorts.inventory import (
+    PAIR,
     collect,
     folders_named,
-    image_named,
+    images_named,
     is_current,
     read_image,
     required,
@@ -182,8 +183,7 @@ def _sliced_case(
 
 def _stacked_case(folder: Path) -> CaseFiles:
     name, number = folder.name, int(folder.name.removeprefix("case_"))
-    images = {what: path for what in ("mri", "ct") if (path := image_named(folder, what))}
-    files = {what: required(images, what, name, folder) for what in ("mri", "ct")}
+    files = required(images_named(folder, PAIR), PAIR, name, folder)
     notes = (
         f"slices {list(MISSING.get(number, ()))} are missing: a stack of all the others puts what "
         "is above them too low",

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 Source = TypeVar("Source")
 
+PAIR = {"mri": "mri", "ct": "ct"}
+"""Files that are called what a study calls them."""
+
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 """Formats of single files that ``reading`` reads."""
 
@@ -104,13 +107,34 @@ def image_named(folder: Path, name: str) -> Path | None:
     return there[0] if there else None
 
 
-def required(images: Mapping[str, Path], name: str, case_id: str, folder: Path) -> Path:
-    """The image of that name, else a ``FileNotFoundError`` that says what there is."""
-    if name not in images:
-        raise FileNotFoundError(
-            f"case {case_id}: expected {name}, found {sorted(images) or 'no image'}: {folder}"
-        )
-    return images[name]
+def images_named(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
+    """Those of several image files that there are, as ``image_named`` finds each.
+
+    Args:
+        names: of the files, without their suffixes, by what the cohort calls such an image.
+    """
+    return {what: path for what, name in names.items() if (path := image_named(folder, name))}
+
+
+def required(
+    images: Mapping[str, Path], wanted: Mapping[str, str], case_id: str, folder: Path
+) -> dict[str, Path]:
+    """The files of a case by what a study calls them.
+
+    Args:
+        images: what there is, by what the cohort calls it.
+        wanted: what the cohort calls an image by what a study does, as ``{"mri": "adc"}``.
+        folder: of the case, for the message.
+
+    Raises:
+        FileNotFoundError: one is missing; the message says what there is.
+    """
+    for name in wanted.values():
+        if name not in images:
+            raise FileNotFoundError(
+                f"case {case_id}: expected {name}, found {sorted(images) or 'no image'}: {folder}"
+            )
+    return {ours: images[theirs] for ours, theirs in wanted.items()}
 
 
 def check_contrast(contrast: str, known: Iterable[str]) -> None:

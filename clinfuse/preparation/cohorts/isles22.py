@@ -79,10 +79,7 @@ def _case(
 ) -> CaseFiles:
     patient, number = session
     case_id = f"{patient}_{number}"
-    files = {"mri": required(images, contrast, case_id, root)}
-    for other in CONTRASTS:
-        if other != contrast:
-            files[other] = required(images, other, case_id, root)
-    files["lesion_mask"] = required(images, "msk", case_id, root)
+    wanted = {"mri": contrast, **{one: one for one in CONTRASTS if one != contrast}}
+    files = required(images, {**wanted, "lesion_mask": "msk"}, case_id, root)
     drawn_on = "dwi" if contrast == "flair" else "mri"
     return CaseFiles(case_id, patient, files, {"lesion_mask": drawn_on})

@@ -122,11 +122,8 @@ def _case(folder: Path, work: Path, contrast: str) -> CaseFiles:
     images = {
         path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and _holds_image(path)
     }
-    files = {
-        "mri": required(images, FOLDERS[contrast], name, folder),
-        "ct": required(images, "ct", name, folder),
-    }
-    files = {what: _file(path, work / name) for what, path in files.items()}
+    found = required(images, {"mri": FOLDERS[contrast], "ct": "ct"}, name, folder)
+    files = {what: _file(path, work / name) for what, path in found.items()}
     return CaseFiles(name, name, files)
 
 

@@ -20,7 +20,7 @@ task 1 is in task 2 too is not said.
 from collections.abc import Sequence
 from pathlib import Path
 
-from clinfuse.preparation.cohorts.inventory import collect, folders_named, image_named, required
+from clinfuse.preparation.cohorts.inventory import collect, folders_named, images_named, required
 from clinfuse.preparation.scan import CaseFiles
 
 CENTRES = ("A", "B", "C")
@@ -53,9 +53,6 @@ def cases(
 
 
 def _case(folder: Path) -> CaseFiles:
-    images = {name: path for name in ("mr", "ct") if (path := image_named(folder, name))}
-    files = {
-        "mri": required(images, "mr", folder.name, folder),
-        "ct": required(images, "ct", folder.name, folder),
-    }
+    images = images_named(folder, {"mr": "mr", "ct": "ct"})
+    files = required(images, {"mri": "mr", "ct": "ct"}, folder.name, folder)
     return CaseFiles(folder.name, folder.name, files, is_registered=True)

@@ -20,16 +20,15 @@ from typing import Literal
 
 from clinfuse.preparation.cohorts.inventory import (
     IMAGE_SUFFIXES,
+    PAIR,
     collect,
-    image_named,
+    images_named,
     is_same,
     required,
 )
 from clinfuse.preparation.scan import CaseFiles
 
 log = logging.getLogger(__name__)
-
-IMAGES = ("mri", "ct")
 
 DRAWN_ON: Mapping[str, Literal["mri", "ct"]] = {
     "brain_mask": "mri",
@@ -71,8 +70,7 @@ def cases(
     def case(found: tuple[str, str, Path]) -> CaseFiles:
         case_id, patient, folder = found
         files = _files(folder)
-        for name in IMAGES:
-            required(files, name, case_id, folder)
+        required(files, PAIR, case_id, folder)
         on = {name: lies_on[name] for name in MASKS if name in files}
         return CaseFiles(case_id, patient, files, on, is_registered)
 
@@ -85,7 +83,7 @@ def _folders(root: Path, work: Path) -> Iterator[tuple[str, str, Path]]:
     for patient in _subfolders(root):
         if is_same(patient, work):
             continue
-        sessions = [folder for folder in _subfolders(patient) if folder.name not in IMAGES]
+        sessions = [folder for folder in _subfolders(patient) if folder.name not in PAIR]
         if _holds_any(patient) or not sessions:
             yield patient.name, patient.name, patient
             continue
@@ -98,13 +96,13 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _holds_any(folder: Path) -> bool:
-    names = {name + suffix for name in (*IMAGES, *MASKS) for suffix in ("", *IMAGE_SUFFIXES)}
+    names = {name + suffix for name in (*PAIR, *MASKS) for suffix in ("", *IMAGE_SUFFIXES)}
     return any(path.name in names for path in folder.iterdir())
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    files = {name: path for name in (*IMAGES, *MASKS) if (path := image_named(folder, name))}
-    for name in IMAGES:
+    files = images_named(folder, {name: name for name in (*PAIR, *MASKS)})
+    for name in PAIR:
         series = folder / name
         if not series.is_dir() or not any(series.iterdir()):
             continue
@@ -115,5 +113,5 @@ def _files(folder: Path) -> dict[str, Path]:
         p for p in sorted(folder.iterdir()) if p.is_file() and p.name.endswith(IMAGE_SUFFIXES)
     )
     if others := [path.name for path in images if path not in files.values()]:
-        log.warning("%s: expected images of %s, left %s alone", folder, (*IMAGES, *MASKS), others)
+        log.warning("%s: expected images of %s, left %s alone", folder, (*PAIR, *MASKS), others)
     return files

@@ -10,10 +10,12 @@ import pytest
 import SimpleITK as sitk
 
 from clinfuse.preparation.cohorts.inventory import (
+    PAIR,
     check_contrast,
     collect,
     folders_named,
     image_named,
+    images_named,
     is_current,
     read_image,
     required,
@@ -23,8 +25,7 @@ from clinfuse.preparation.scan import CaseFiles
 
 
 def case_of(folder: Path) -> CaseFiles:
-    images = {name: path for name in ("mri", "ct") if (path := image_named(folder, name))}
-    files = {name: required(images, name, folder.name, folder) for name in ("mri", "ct")}
+    files = required(images_named(folder, PAIR), PAIR, folder.name, folder)
     return CaseFiles(folder.name, folder.name, files)
 
 
