@@ -103,8 +103,8 @@ def ause(
 
     Ilg et al. (2018), Sec. 4.2. A curve is the mean |error| of what is left when the most uncertain
     voxels are taken away, relative to that of all; the best order is that of the error. 0 is
-    that order; the curve of an uninformative one stays near 1. Equal uncertainties are taken
-    away in the order of the voxels, which says nothing of their errors.
+    that order; the curve of an uninformative one stays near 1. Voxels of equal uncertainty each
+    count as their mean: the order they are stored in is from the neck up, and knows of errors.
     """
 
     def score(u: Tensor, e: Tensor) -> Tensor:
@@ -113,11 +113,14 @@ def ause(
             return e.new_tensor(math.nan)
         kept = [max(len(size) - len(size) * f // fractions, 1) for f in range(fractions)]
 
-        def curve(order: Tensor) -> Tensor:
-            total = size[order].double().cumsum(0)
+        def curve(ordered: Tensor) -> Tensor:
+            total = ordered.double().cumsum(0)
             return torch.stack([total[k - 1] / k for k in kept]) / size.double().mean()
 
-        gap = curve(u.argsort(stable=True)) - curve(size.argsort())
+        _, rank, equal = u.unique(return_inverse=True, return_counts=True)
+        together = size.new_zeros(len(equal), dtype=torch.double).index_add(0, rank, size.double())
+        by_uncertainty = (together / equal).repeat_interleave(equal)
+        gap = curve(by_uncertainty) - curve(size.sort().values)
         return gap.mean().to(e.dtype)
 
     return _by_case(score, mask, uncertainty, error)

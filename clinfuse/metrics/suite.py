@@ -21,6 +21,7 @@ from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import dice, hd95, nsd
 from clinfuse.metrics.calibration import AIR, Calibration
+from clinfuse.metrics.fusion import fusion_metrics
 from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
 from clinfuse.types import FusionBatch
 
@@ -36,6 +37,7 @@ def case_metrics(
     tau_mm: float = 2.0,
     calibration: Calibration | None = None,
     roi: Bool[Tensor, "b r *dhw"] | None = None,
+    with_fusion: bool | None = None,
 ) -> list[list[Row]]:
     """One list of (roi, metric, value) for each case of the batch.
 
@@ -62,6 +64,8 @@ def case_metrics(
             ``ece_raw`` and ``brier_raw`` are without.
         roi: the masks as the method places them, which say what region a voxel is calibrated
             with; None takes those of the batch as they are given.
+        with_fusion: adds ``metrics.fusion`` of the whole image against the clean sources; None
+            does so for 2-D pairs, whose tables are made of them, and not for volumes.
 
     Raises:
         ValueError: if ``fused`` is not finite. A NaN would pass for an undefined metric, and a
@@ -73,6 +77,8 @@ def case_metrics(
     with torch.no_grad(), torch.autocast(fused.device.type, enabled=False):
         fused = fused.float()
         columns = _similarity(fused, batch) | _conspicuity(fused, batch)
+        if with_fusion or (with_fusion is None and fused.ndim == 4):
+            columns |= _fusion(fused, batch)
         if lesion_probability is not None:
             columns |= _lesion(lesion_probability, batch, tau_mm)
             columns |= _lesion_calibration(lesion_probability, batch, calibration)
@@ -106,6 +112,12 @@ def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list
             ("whole", "fsim"): fsim(fused, batch.reference, whole),
         }
     return _as_lists(columns)
+
+
+def _fusion(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list[float]]:
+    mri, ct, _ = batch.truth()
+    scores = fusion_metrics(fused, mri, ct)
+    return _as_lists({("whole", name): values for name, values in scores.items()})
 
 
 def _conspicuity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list[float]]:

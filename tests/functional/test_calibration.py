@@ -109,6 +109,17 @@ def test_an_informative_spread_is_sparser_than_a_random_and_a_constant_one(state
     np.testing.assert_allclose(ause(random, error, mask), ause(constant, error, mask), rtol=0.05)
 
 
+def test_voxels_of_equal_uncertainty_count_as_their_mean_wherever_they_are_stored():
+    rising, falling = volume([1.0, 2.0, 3.0, 4.0]), volume([4.0, 3.0, 2.0, 1.0])
+    nothing, halves = volume([0.1] * 4), volume([0.1, 0.1, 0.2, 0.2])
+    for error in (rising, falling):  # what is left of a constant map's curve is 1 all along
+        constant = ause(nothing, error, everywhere(error), fractions=4).item()
+        assert constant == pytest.approx(1 - (1 + 0.8 + 0.6 + 0.4) / 4)
+    # two pairs: 1, then (1.5 + 1.5 + 3.5) / 3, 1.5 and 1.5 left, of a mean of 2.5
+    expected = (1 + 6.5 / 7.5 + 0.6 + 0.6) / 4 - 0.7
+    assert ause(halves, rising, everywhere(rising), fractions=4).item() == pytest.approx(expected)
+
+
 def test_brier_and_ece_by_hand():
     probability = volume([0.9, 0.9, 0.1, 0.1])
     lesion = volume([True, False, False, False])

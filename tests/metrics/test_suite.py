@@ -12,6 +12,7 @@ from clinfuse.functional.fsim import fsim
 from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import dice, hd95, nsd
 from clinfuse.metrics.calibration import AIR, FLOOR, Calibration
+from clinfuse.metrics.fusion import FUSION_METRICS, fusion_metrics
 from clinfuse.metrics.suite import case_metrics, regional_correlation
 from clinfuse.types import FusionBatch
 
@@ -172,19 +173,43 @@ def test_a_fused_volume_that_is_not_finite_is_refused_and_not_left_out(bad):
         case_metrics(fused, batch)
 
 
-def test_slices_are_measured_too():
-    batch = studies()
+def one_slice(batch: FusionBatch) -> FusionBatch:
+    """The fourth slice of every study, as a batch of 2-D pairs."""
     flat = {
         name: getattr(batch, name)[:, :, 3]
         for name in ("mri", "ct", "roi", "reference", "clean_mri", "clean_ct", "clean_roi")
     }
-    slices = replace(batch, **flat, spacing_mm=batch.spacing_mm[:, 1:])
-    rows = case_metrics(flat["mri"], slices, flat["mri"].abs(), flat["mri"].abs())
+    return replace(batch, **flat, spacing_mm=batch.spacing_mm[:, 1:])
+
+
+def test_slices_are_scored_by_the_fields_own_metrics_against_the_clean_sources():
+    slices = one_slice(studies(shape=(6, 48, 48)))
+    fused = (slices.clean_mri + slices.clean_ct) / 2
+    expected = fusion_metrics(fused, slices.clean_mri, slices.clean_ct)
+    for case, rows in enumerate(case_metrics(fused, slices)):
+        ours = values(rows)
+        assert [name for roi, name in ours if name in FUSION_METRICS] == list(FUSION_METRICS)
+        for name in FUSION_METRICS:
+            assert ours["whole", name] == pytest.approx(expected[name][case].item()), name
+
+
+def test_volumes_are_scored_by_them_where_they_are_asked_to_be():
+    batch = studies(shape=(2, 44, 44))
+    plain, full = (
+        values(case_metrics(batch.mri, batch, with_fusion=asked)[0]) for asked in (None, True)
+    )
+    assert full.keys() - plain.keys() == {("whole", name) for name in FUSION_METRICS}
+
+
+def test_slices_are_measured_too():
+    slices = one_slice(studies())
+    rows = case_metrics(slices.mri, slices, slices.mri.abs(), slices.mri.abs())
+    small = {("whole", "vif")}  # no window of its coarsest scale fits in
     assert all(
         np.isfinite(value)
         for case in rows
         for roi, metric, value in case
-        if (roi, metric) not in CONSPICUITY
+        if (roi, metric) not in small.union(CONSPICUITY)
     )
 
 
