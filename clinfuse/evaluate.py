@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
     data = data_of(cfg, runs)
     facts = {
         "data": str(data.root),
-        "cases": f"{len(data.splits['test'])} test",
+        "cases": cases_of(data),
         "runs": ", ".join(runs) or "none",
         "mask source": cfg.mask_source,
         **run_facts(),
@@ -96,7 +96,7 @@ def methods_of(
         if lent:
             method.lesion_head = head
         if is_sampled_as_trained(saved, folder) and not lent:
-            calibration = read_calibration(folder)
+            calibration = read_calibration(folder, method)
         yield saved.method_name, saved.preset, saved.seed, method, calibration
     names = [HydraConfig.get().runtime.choices.get("method"), *cfg.baselines]
     for name in (name for name in names if name):
@@ -131,6 +131,13 @@ def data_of(cfg: DictConfig, runs: Sequence[str]) -> Any:
     data = instantiate(data_cfg, misregistration_mm=amplitudes, _convert_="all")
     data.prepare_data()
     return data
+
+
+def cases_of(data: Any) -> str:
+    """How many test cases there are, and of how many patients where that is fewer."""
+    cases = data.splits["test"]
+    patients = len({data.patients[case] for case in cases})
+    return f"{len(cases)} test" + (f", of {patients} patients" if patients < len(cases) else "")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def fuse(cfg: DictConfig) -> None:
         fusions.append(fusion)
         folder = Path(cfg.out) / (fusion.preset if len(settings) > 1 else "")
         write_volumes(folder, study, fusion.volumes)
-        write_dicom(folder, cfg)
+        write_dicom(folder, cfg, fusion.preset)
         print(f"fused: {folder / 'fused.nii.gz'}")
     for sentence in dict.fromkeys(sentence for fusion in fusions for sentence in fusion.missing):
         print(sentence)
@@ -173,8 +173,14 @@ def read_study(cfg: DictConfig, saved: DictConfig) -> Study:
     DICOM becomes a study folder first, ``out/study``: registered, resampled once, masked.
 
     Raises:
-        ValueError: scans that cannot be prepared, beside what ``load_pair`` raises.
+        ValueError: scans that cannot be prepared, or a run on 2-D pairs, beside what ``load_pair``
+            raises.
     """
+    if saved.get("spatial_dims", 3) != 3:  # runs of before it was there are on volumes
+        raise ValueError(
+            f"expected a run on volumes, got one on 2-D pairs, which clinfuse.evaluate fuses: "
+            f"{cfg.run}"
+        )
     files = {name: Path(cfg[name]) for name in STUDY_FILES if cfg.get(name)}
     name = shown_name(cfg)
     if not any(files[scan].is_dir() for scan in ("mri", "ct")):
@@ -208,8 +214,11 @@ def shown_name(cfg: DictConfig) -> str:
     return name if cfg.keep_ids or is_hashed(name) else hashed(name, cfg.salt)
 
 
-def write_dicom(folder: Path, cfg: DictConfig) -> None:
-    """``fused.nii.gz`` as a derived DICOM series beside it, for scans that came as DICOM."""
+def write_dicom(folder: Path, cfg: DictConfig, preset: str) -> None:
+    """``fused.nii.gz`` as a derived DICOM series beside it, for scans that came as DICOM.
+
+    The preset is in its description, by which a viewer tells several apart.
+    """
     if not Path(cfg.mri).is_dir():
         return
     shutil.rmtree(folder / "dicom", ignore_errors=True)
@@ -218,6 +227,7 @@ def write_dicom(folder: Path, cfg: DictConfig) -> None:
         sitk.ReadImage(folder / "fused.nii.gz"),
         Path(cfg.mri),
         cfg.series.get("mri"),
+        description=f"fused, preset {preset}",
         keep_ids=cfg.keep_ids,
         salt=cfg.salt,
     )
@@ -231,7 +241,7 @@ def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
         if cfg[setting] is not None:
             setattr(method, setting, int(cfg[setting]))
     is_own = is_sampled_as_trained(saved, cfg.run) and cfg.steps is None and cfg.members is None
-    calibration = read_calibration(cfg.run) if is_own else None
+    calibration = read_calibration(cfg.run, method) if is_own else None
     lightning.seed_everything(saved.seed, verbose=False)
     item = study_item(study, torch.eye(4, dtype=torch.float64))
     item.reference = None  # what these scans should fuse to is not known

@@ -98,7 +98,7 @@ def calibrated(cfg: DictConfig, method: Any, data: Any, folder: Path) -> Calibra
         _convert_="all",
     )
     trainer.validate(method, datamodule=data, verbose=False)
-    return read_calibration(folder)
+    return read_calibration(folder, method)
 
 
 def resumed(cfg: DictConfig) -> DictConfig:
@@ -125,7 +125,7 @@ def report_facts(cfg: DictConfig, facts: dict[str, Any]) -> dict[str, Any]:
         "guidance": f"eta {guidance.eta}, eta_u {guidance.eta_u}, kappa {guidance.kappa}",
         "data": data["root"],
         "cases": ", ".join(f"{count} {split}" for split, count in data["cases"].items()),
-        "split": f"by patient, {data['splits_source']}",
+        "split": f"by {data.get('split_by', 'patient')}, {data['splits_source']}",
         "training epochs": cfg.trainer.max_epochs,
         "seed": cfg.seed,
     }

@@ -33,7 +33,8 @@ class FusionBatch:
     Attributes:
         mri: MRI, in [-1, 1].
         ct: CT, in [-1, 1], perhaps misregistered.
-        roi: masks in ``ROI_NAMES`` order; brain and lesion in MRI space, bone moved with the CT.
+        roi: masks in ``ROI_NAMES`` order; brain and lesion in MRI space, bone moved with the CT,
+            and the brain too where it was segmented in that.
         spacing_mm: voxel size, one row a case, in the order of the spatial axes.
         case_id: one patient's MRI-CT pair each.
         reference: the fused volume to aim at, in MRI space.

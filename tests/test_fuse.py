@@ -451,6 +451,16 @@ def test_a_folder_without_a_trained_run_is_refused(
     assert words in sentence and str(run) in sentence
 
 
+def test_a_run_on_2d_pairs_is_refused(smoke_run, phantoms, patient, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run, run)
+    pairs = phantoms.config("data=paired_slices", "data.root=pairs", "data.kind=ct_mri")
+    OmegaConf.save(pairs, run / ".hydra" / "config.yaml")
+    overrides = arguments(run, patient / "LAS", tmp_path / "out")
+    sentence = refusal(phantoms, tmp_path, capsys, overrides)
+    assert "2-D pairs" in sentence and str(run) in sentence
+
+
 def test_from_the_command_line_a_missing_scan_is_one_sentence(
     entry_point, smoke_run, patient, tmp_path
 ):
@@ -518,7 +528,7 @@ def test_dicom_is_prepared_fused_and_handed_back_as_dicom(
     ]
     np.testing.assert_allclose(*values, atol=1e-4)
     header = pydicom.dcmread(next((out / "dicom").iterdir()))
-    assert "RESEARCH USE ONLY" in header.SeriesDescription
+    assert header.SeriesDescription == "clinfuse fused, preset stroke RESEARCH USE ONLY"
     assert header.PatientID == hashed("MRN-0042") and not header.StudyDate
     assert header.FrameOfReferenceUID == mri.frame_of_reference_uid
     assert (out / "study" / "brain_mask.nii.gz").is_file()
@@ -526,7 +536,7 @@ def test_dicom_is_prepared_fused_and_handed_back_as_dicom(
     report, facts = (
         (out / name).read_text(encoding="utf-8") for name in ("report.html", "study/study.json")
     )
-    assert hashed("MRN-0042") in report
+    assert hashed("MRN-0042") in report and str(dicom_patient) not in report
     for name in ("Doe^Jane", "Doe Jane", "MRN-0042", "2024-01-31"):  # no words of base64
         assert name not in report and name not in facts
 

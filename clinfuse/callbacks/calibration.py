@@ -1,6 +1,7 @@
 """Fit a run's calibration on its validation cases, and keep it beside the checkpoint."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from clinfuse.reporting.atomic import write_atomically
 from clinfuse.types import FusionBatch
 
 FILE = "calibration.json"
+VERSION = "sampling_version"
+
+log = logging.getLogger(__name__)
 
 
 class CalibrationFit(Callback):
@@ -60,12 +64,15 @@ class CalibrationFit(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.sample.case_ids:
             at_mm = float(trainer.datamodule.val_misregistration_mm)  # type: ignore[attr-defined]
-            fitted = asdict(self.sample.fit(at_mm))
+            assert isinstance(pl_module, FusionMethod)
+            fitted = asdict(self.sample.fit(at_mm)) | {VERSION: pl_module.sampling_version}
             write_atomically(self.folder / FILE, json.dumps(fitted, indent=1) + "\n")
 
 
-def read_calibration(folder: str | Path) -> Calibration | None:
-    """The calibration of a run; None where it has none.
+def read_calibration(folder: str | Path, method: FusionMethod) -> Calibration | None:
+    """The calibration of a run; None where it has none, or none of how its method samples today.
+
+    The second is said in the log.
 
     Raises:
         ValueError: a file that is no calibration.
@@ -74,9 +81,18 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        return Calibration(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
+        fitted = json.loads(path.read_text())
+        version = fitted.pop(VERSION, 1)
+        calibration = Calibration(**fitted)
+    except (AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"expected a calibration, got {error}: {path}; "
             f"calibrate again by python -m clinfuse.train resume={folder}"
         ) from error
+    if version != method.sampling_version:
+        log.warning(
+            "%s was calibrated before its method sampled as it does now, so its intervals are left "
+            "out; python -m clinfuse.train resume=%s calibrates again", folder, folder,
+        )  # fmt: skip
+        return None
+    return calibration

@@ -3,24 +3,25 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from clinfuse.callbacks.recorder import case_view, summary_of
+from clinfuse.callbacks.recorder import case_view, pair_pictures, summary_of
 from clinfuse.metrics.regional import CaseMean, RegionalPSNR, RegionalSSIM
-from clinfuse.reporting.figures import case_figure, figure_png
-from clinfuse.types import FusionBatch
+from clinfuse.reporting.figures import case_figure, figure_png, pictures_figure
+from clinfuse.types import FusionBatch, SliceBatch
 
 
 class GuidedValidation(Callback):
     """Scores the predictive mean that ``validation_step`` samples, guidance and all.
 
     Logs ``val/brain_ssim``, ``val/bone_psnr``, ``val/bone_ssim`` and ``val/whole_ssim``, each over
-    the cases that define it, and draws the first case of each validation.
+    the cases that define it, and draws the first case of each validation: a volume in three planes,
+    a 2-D pair as its two sources and the fused picture.
 
     Args:
         folder: where the pictures go.
@@ -79,9 +80,7 @@ class GuidedValidation(Callback):
         self, trainer: Trainer, batch: FusionBatch, fused: Tensor, spread: Tensor | None
     ) -> None:
         caption = f"validation at step {trainer.global_step}"
-        figure = case_figure(case_view(batch, 0, fused, spread, caption))
-        png = figure_png(figure)
-        plt.close(figure)
+        png = figure_png(_figure(batch, fused, spread, caption))
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"validation_step_{trainer.global_step:06d}.png"
         path.write_bytes(png)
@@ -89,3 +88,11 @@ class GuidedValidation(Callback):
             if isinstance(logger, WandbLogger):
                 picture = np.asarray(Image.open(path).convert("RGB"))
                 logger.log_image("validation", [picture], caption=[caption])
+
+
+def _figure(batch: FusionBatch, fused: Tensor, spread: Tensor | None, caption: str) -> Figure:
+    """The first case of a batch."""
+    if not isinstance(batch, SliceBatch):
+        return case_figure(case_view(batch, 0, fused, spread, caption))
+    name = f"{batch.case_id[0]}, {caption}"
+    return pictures_figure([pair_pictures(batch, 0, fused, name)])

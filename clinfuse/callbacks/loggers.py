@@ -40,6 +40,7 @@ def wandb_logger(
     logger = WandbLogger(
         save_dir=save_dir, name=name, project=project, tags=list(tags), offline=offline
     )
+    logger._wandb_init.pop("anonymous")  # Lightning passes what W&B no longer has, and warns of
     if offline:
         log.info(
             "no W&B key: logged offline, `wandb sync %s/wandb/latest-run` uploads it",

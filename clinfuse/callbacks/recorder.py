@@ -31,6 +31,7 @@ from clinfuse.reporting.tables import (
     conspicuity_table,
     headline,
     print_table,
+    score_label,
 )
 from clinfuse.reporting.views import CaseView
 from clinfuse.types import FusionBatch, SliceBatch
@@ -59,8 +60,9 @@ class CaseRecorder(Callback):
     """Collects per-case rows and pictures while methods are tested, one after another.
 
     Each test dataloader is one misregistration amplitude, in the order of
-    ``datamodule.misregistration_mm``. Of 2-D pairs every fused picture at the smallest amplitude is
-    written, in colour where they have some, as ``fused/METHOD/CASE.png``.
+    ``datamodule.misregistration_mm``; whose case each is says ``datamodule.patients``. Of 2-D pairs
+    every fused picture at the smallest amplitude is written, in colour where they have some, as
+    ``fused/METHOD/CASE.png``.
 
     Args:
         folder: where ``write`` puts ``cases.csv``, ``figures/`` and ``report.html``.
@@ -109,6 +111,7 @@ class CaseRecorder(Callback):
             region: {"as stated": Reliability(), "calibrated": Reliability()}
             for region in ("Brain", "Bone")
         }
+        self.levels: set[float] = set()
         self.rows: list[dict[str, Any]] = []
         self.views: list[CaseView] = []
         self.pairs: list[dict[str, Image.Image]] = []
@@ -143,19 +146,23 @@ class CaseRecorder(Callback):
     ) -> None:
         if outputs is None:  # no fusion: the lesion head
             return
-        amplitude_mm = trainer.datamodule.misregistration_mm[dataloader_idx]  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        amplitude_mm, patients = data.misregistration_mm[dataloader_idx], data.patients
         summary = summary_of(outputs)
         fused, spread = summary.mean, summary.std
         probability = None
         if self.lesion_head is not None:
             probability = lesion_probability(self.lesion_head, fused, batch.brain)
         assert isinstance(pl_module, FusionMethod)
-        roi = None if self.calibration is None else pl_module.registered_roi(batch)
+        roi = None
+        if self.calibration is not None:
+            self.levels.add(self.calibration.level)
+            roi = pl_module.registered_roi(batch)
         scores = case_metrics(
             fused, batch, probability, spread, calibration=self.calibration, roi=roi
         )
         if isinstance(batch, SliceBatch):
-            if amplitude_mm == min(trainer.datamodule.misregistration_mm):  # type: ignore[attr-defined]
+            if amplitude_mm == min(data.misregistration_mm):
                 self._take_pictures(batch, fused)
         elif self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer):
             self._take_reliability(batch, fused, spread, roi)
@@ -163,6 +170,7 @@ class CaseRecorder(Callback):
             self.rows += case_rows(
                 case_scores,
                 case_id=case_id,
+                patient_id=patients[case_id],
                 method=self.method,
                 preset=self.preset,
                 seed=self.seed,
@@ -193,7 +201,9 @@ class CaseRecorder(Callback):
         table = headline(self.rows)
         tables, charts = {"Fusion quality under misregistration": table}, self._charts()
         if any(row["metric"] == "coverage" for row in self.rows):
-            tables["Calibration of the uncertainty"] = headline(self.rows, CALIBRATION_SCORES)
+            of = " and ".join(f"{100 * level:g}%" for level in sorted(self.levels))
+            name = f"Calibration of the uncertainty: intervals of {of} coverage"
+            tables[name] = headline(self.rows, CALIBRATION_SCORES)
         if len(seen := conspicuity_table(self.rows)):
             tables["Conspicuity of findings"] = seen
         save_figures(self.folder / "figures", self.views, table, self.pictures_of, charts)
@@ -240,12 +250,7 @@ class CaseRecorder(Callback):
             chroma = None if batch.chroma is None else batch.chroma[index]
             write_colour(folder / f"{case_id}.png", fused[index], chroma)
             if self.method == self.pictures_of and len(self.pairs) < self.pictures:
-                sources = {
-                    "Fused as MRI": colour_picture(batch.mri[index], None),
-                    "Fused as CT": colour_picture(batch.ct[index], chroma),
-                }
-                result = {f"{self.method}: {case_id}": colour_picture(fused[index], chroma)}
-                self.pairs.append(sources | result)
+                self.pairs.append(pair_pictures(batch, index, fused, f"{self.method}: {case_id}"))
 
     def _fused_folder(self) -> Path:
         """The method's own; runs of one method under several presets or seeds are told apart."""
@@ -315,9 +320,23 @@ def case_view(
         bone=masks[1],
         caption=caption,
         scores={
-            f"{roi} {metric}": value for roi, metric, value in scores if metric not in _NO_CHIPS
+            score_label(roi, metric): value
+            for roi, metric, value in scores
+            if metric not in _NO_CHIPS
         },
     )
+
+
+def pair_pictures(
+    batch: SliceBatch, index: int, fused: Float[Tensor, "b 1 h w"], name: str
+) -> dict[str, Image.Image]:
+    """One pair of a batch: its sources and, under ``name``, the fused picture in its colour."""
+    chroma = None if batch.chroma is None else batch.chroma[index]
+    return {
+        "Fused as MRI": colour_picture(batch.mri[index], None),
+        "Fused as CT": colour_picture(batch.ct[index], chroma),
+        name: colour_picture(fused[index], chroma),
+    }
 
 
 @dataclass(frozen=True)

@@ -103,17 +103,16 @@ def move_mask(
 
 
 def about_another_centre(
-    matrix: Float[Tensor, "4 4"], centre_mm: Float[Tensor, " 3"]
-) -> Float[Tensor, "4 4"]:
+    matrix: Float[Tensor, "m m"], centre_mm: Float[Tensor, " n"]
+) -> Float[Tensor, "m m"]:
     """The same movement written about a centre that lies at ``centre_mm`` from the old one.
 
-    A patch needs this: the matrix of a batch is about the centre of the patch's own grid.
+    A patch needs this: the matrix of a batch is about the centre of the patch's own grid. Of a
+    volume the matrix is 4 x 4, of a slice 3 x 3.
     """
-    shift = torch.eye(4, dtype=matrix.dtype)
-    shift[:3, 3] = centre_mm
-    back = torch.eye(4, dtype=matrix.dtype)
-    back[:3, 3] = -centre_mm
-    return back @ matrix @ shift
+    there, back = (torch.eye(len(matrix), dtype=matrix.dtype) for _ in range(2))
+    there[:-1, -1], back[:-1, -1] = centre_mm, -centre_mm
+    return back @ matrix @ there
 
 
 def _torchio_affine(matrix: Float[Tensor, "4 4"], fill: float, interpolation: str) -> tio.Affine:

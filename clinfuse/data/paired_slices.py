@@ -3,7 +3,9 @@
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clinfuse.data.jitter import CT_AIR, RegistrationJitter, move, move_mask
+from clinfuse.data.jitter import (
+    CT_AIR,
+    RegistrationJitter,
+    about_another_centre,
+    move,
+    move_mask,
+)
 from clinfuse.data.paired_volumes import Draw, DrawSampler, collate_batches
 from clinfuse.data.slices import Pair, Slice, find_pairs, kind_named, patients_of, read_pair
 from clinfuse.data.splits import (
@@ -64,10 +72,10 @@ def fixed_in_plane(
 
 
 def slice_item(pair: Slice, misregistration: Float[Tensor, "3 3"]) -> SliceBatch:
-    """A batch of one pair whose second source, its chroma and its bone mask have moved.
+    """A batch of one pair whose second source has moved, with its chroma and masks.
 
-    What comes in from outside is black and grey. There is no reference: nobody knows how a real
-    pair should look when fused.
+    What comes in from outside is black and grey. The reference is the slice's own, if it has one:
+    nobody knows how a real pair should look when fused.
     """
     matrix = torch.eye(4, dtype=torch.float64)
     matrix[1:, 1:] = misregistration  # of a volume of one slice, which stays in its plane
@@ -78,17 +86,19 @@ def slice_item(pair: Slice, misregistration: Float[Tensor, "3 3"]) -> SliceBatch
         return torch.cat(channels)[None, :, 0]
 
     clean_roi = pair.roi[None]
-    bone = move_mask(pair.roi[1][None, None], matrix, spacing_mm)
+    masks = [mask[None, None] for mask in pair.roi]
+    brain, bone = (move_mask(mask, matrix, spacing_mm) for mask in masks[:2])
     mri, clean_ct = pair.mri[None], pair.ct[None]
     return SliceBatch(
         mri=mri,
         ct=moved(pair.ct, CT_AIR).clamp(-1, 1),
-        roi=torch.cat((clean_roi[:, :1], bone, clean_roi[:, 2:]), 1),
+        roi=torch.cat((brain, bone, clean_roi[:, 2:]), 1),
         spacing_mm=torch.tensor([pair.spacing_mm]),
         case_id=[pair.case_id],
         clean_mri=mri,
         clean_ct=clean_ct,
         clean_roi=clean_roi,
+        reference=None if pair.reference is None else pair.reference[None],
         lesion_distance_mm=torch.full_like(mri, NO_SURFACE_MM),
         misregistration=misregistration.float()[None],
         findings=torch.zeros_like(clean_roi[:, :1]),
@@ -123,10 +133,9 @@ def random_patch(item: SliceBatch, shape: Sequence[int], generator: torch.Genera
     patch = SliceBatch(**{name: cut(name, value) for name, value in vars(item).items()})
     assert item.misregistration is not None
     from_centre = [f + (n - whole) / 2 for f, n, whole in zip(start, shape, size, strict=True)]
-    centre_mm = torch.tensor(from_centre) * item.spacing_mm[0]
-    matrix = item.misregistration.clone()
-    matrix[0, :2, 2] += matrix[0, :2, :2] @ centre_mm - centre_mm
-    patch.misregistration = matrix
+    centre_mm = torch.tensor(from_centre).double() * item.spacing_mm[0]
+    matrix = about_another_centre(item.misregistration[0].double(), centre_mm)
+    patch.misregistration = matrix.float()[None]
     return patch
 
 
@@ -207,6 +216,17 @@ class PairedSlices(lightning.LightningDataModule):
         splits_file: JSON with such lists. Default ``splits.json`` or ``split_info.json`` in the
             root; else the folders train, val and test, where the set has them; else 70/15/15 by
             patient with seed 42 (kept in this object and the run's record, never written to root).
+        prepare: called with the root before anything is read, to fill it: phantoms.
+        reference: makes of the clean registered sources (b 1 h w) what training and validation aim
+            at, for methods that need it (``needs_reference``). Test pairs have none, so that no
+            score compares with it.
+        cache_dir: where references are kept; None makes them anew in every run.
+        split: ``patient``, or ``community``: 70/15/15 of the slices, whoever they are of, as many
+            papers do. Neighbouring slices of a patient then lie in train and in test, and the
+            numbers are too good; it is here to place them, and says so.
+
+    Raises:
+        ValueError: for another ``split``, or ``community`` with lists of one's own.
     """
 
     def __init__(
@@ -225,8 +245,18 @@ class PairedSlices(lightning.LightningDataModule):
         misregistration_seed: int = 0,
         splits: Mapping[str, Sequence[str | int]] | None = None,
         splits_file: Path | str | None = None,
+        prepare: Callable[[Path], Any] | None = None,
+        split: str = "patient",
+        reference: Callable[[Tensor, Tensor], Tensor] | None = None,
+        cache_dir: Path | str | None = None,
     ) -> None:
         super().__init__()
+        if split not in ("patient", "community"):
+            raise ValueError(f"expected split=patient or split=community, got {split!r}")
+        if split == "community" and (splits is not None or splits_file is not None):
+            raise ValueError("expected split=community without splits or splits_file, got both")
+        self.prepare, self.split, self.reference = prepare, split, reference
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.root, self.kind, self.pair_kind = Path(root), kind, kind_named(kind)
         self.batch_size, self.draws_per_epoch = batch_size, draws_per_epoch
         self.jitter, self.patch_shape = jitter, patch_shape
@@ -255,6 +285,15 @@ class PairedSlices(lightning.LightningDataModule):
             self._splits, self._splits_source = self._find_splits()
         return self._splits
 
+    @property
+    def patients(self) -> dict[str, str]:
+        """The patient of each pair, as far as names say it: what statistics may take as one."""
+        return patients_of(list(self.pairs.values()), self.pair_kind)
+
+    def prepare_data(self) -> None:
+        if self.prepare is not None:
+            self.prepare(self.root)
+
     def setup(self, stage: str | None = None) -> None:
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for split in needed.get(stage or "", SPLITS):
@@ -265,7 +304,7 @@ class PairedSlices(lightning.LightningDataModule):
         return [self._slice(name) for name in self.splits[split]]
 
     def train_dataloader(self) -> DataLoader:
-        slices = self._some("train")
+        slices = self._with_references(self._some("train"))
         return DataLoader(
             TrainingSlices(slices, self.jitter, self.patch_shape),
             batch_size=self.batch_size,
@@ -276,7 +315,8 @@ class PairedSlices(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        return self._misregistered(self.slices("val"), self.val_misregistration_mm)
+        slices = self._with_references(self.slices("val"))
+        return self._misregistered(slices, self.val_misregistration_mm)
 
     def test_dataloader(self) -> list[DataLoader]:
         slices = self._some("test")
@@ -284,13 +324,14 @@ class PairedSlices(lightning.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Facts of the set for the run's record."""
-        patients, kind = patients_of(list(self.pairs.values()), self.pair_kind), self.pair_kind
+        patients, kind = self.patients, self.pair_kind
         segmented = "segmented" if kind.is_ct else "absent"
         return {
             "root": str(self.root),
             "kind": self.kind,
             "splits": self.splits,
             "splits_source": self._splits_source,
+            "split_by": self.split if self.split == "patient" else "slice",
             "cases": {split: len(names) for split, names in self.splits.items()},
             "patients": {
                 split: sorted({patients[name] for name in names})
@@ -308,6 +349,34 @@ class PairedSlices(lightning.LightningDataModule):
         if name not in self._slices:
             self._slices[name] = read_pair(self.pairs[name], self.pair_kind)
         return self._slices[name]
+
+    def _with_references(self, slices: Sequence[Slice]) -> list[Slice]:
+        method = None if self.trainer is None else self.trainer.lightning_module
+        if self.reference is None or not getattr(method, "needs_reference", True):
+            return list(slices)
+        missing = [pair for pair in slices if pair.reference is None]
+        if missing:
+            log.info("making the references of %d pairs, which takes seconds each", len(missing))
+        for pair in missing:
+            self._slices[pair.case_id] = replace(pair, reference=self._reference_of(pair))
+        return [self._slices[pair.case_id] for pair in slices]
+
+    def _reference_of(self, pair: Slice) -> Float[Tensor, "1 h w"]:
+        assert self.reference is not None
+        path = None
+        if self.cache_dir is not None:
+            sources = b"".join(source.numpy().tobytes() for source in (pair.mri, pair.ct))
+            key = hashlib.sha256(repr(self.reference).encode() + sources).hexdigest()[:24]
+            path = self.cache_dir / "references" / f"{key}.npy"
+            if path.is_file():
+                return torch.from_numpy(np.load(path))
+        reference = self.reference(pair.mri[None], pair.ct[None])[0]
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.npy")
+            np.save(partial, reference.numpy())
+            partial.replace(path)
+        return reference
 
     def _some(self, split: str) -> list[Slice]:
         if not self.splits[split]:
@@ -327,7 +396,14 @@ class PairedSlices(lightning.LightningDataModule):
         )
 
     def _find_splits(self) -> tuple[Splits, str]:
-        patients = self._patients()
+        if self.split == "community":
+            log.warning(
+                "%s is split by slice, as split=community asks: neighbouring slices of a patient "
+                "train and test, and what is measured is too good",
+                self.root,
+            )
+            return make_splits(sorted(self.pairs)), "made: 70/15/15 by slice, seed 42 (leaks)"
+        patients = self._kept_together()
         lists, source = self._stated()
         if lists is None:
             found = make_splits(sorted(self.pairs), patients)
@@ -341,10 +417,9 @@ class PairedSlices(lightning.LightningDataModule):
             log.info("in no split and not used: %d pairs, %s first", len(unused), unused[0])
         return found, source
 
-    def _patients(self) -> dict[str, str]:
+    def _kept_together(self) -> dict[str, str]:
         """The patient of each pair, as splits go by it; what cannot be kept apart is said."""
-        pairs = list(self.pairs.values())
-        patients = patients_of(pairs, self.pair_kind)
+        pairs, patients = list(self.pairs.values()), self.patients
         unknown = [pair.name for pair in pairs if pair.case == pair.name]
         if self.pair_kind.case_pattern and unknown:
             log.warning(

@@ -1,6 +1,5 @@
 """Study folders as batches: jittered training draws, and evaluation at fixed misregistration."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -31,7 +30,14 @@ from clinfuse.data.jitter import (
     move,
     move_mask,
 )
-from clinfuse.data.splits import SPLITS, Splits, check_splits, make_splits, read_splits
+from clinfuse.data.splits import (
+    SPLITS,
+    Splits,
+    check_splits,
+    make_splits,
+    read_splits,
+    write_splits,
+)
 from clinfuse.data.studies import Study, load_study, patient_of, reference_of, study_folders
 from clinfuse.functional.intensity import CtMap
 from clinfuse.types import FusionBatch
@@ -134,7 +140,10 @@ def study_item(
     misregistration: Float[Tensor, "4 4"],
     varied: AugmentationDraw | None = None,
 ) -> FusionBatch:
-    """A batch of one study: everything augmented alike, then CT and bone mask moved on their own.
+    """A batch of one study: everything augmented alike, then the CT and its masks moved.
+
+    Its masks are bone, and the brain where that was segmented in the CT: were it left behind, it
+    would tell a method where the CT belongs.
 
     What the network sees of the CT is interpolated once: augmentation and misregistration are one
     TorchIO transform. The pseudo-reference is composed anew from the augmented clean pair; a
@@ -159,7 +168,10 @@ def study_item(
     findings = masks(study.findings) if study.findings.any() else study.findings
     is_still = torch.equal(misregistration, torch.eye(4, dtype=misregistration.dtype))
     ct = clean_ct if is_still and study.ct is study.clean_ct else image(study.ct, moved_matrix)
-    bone = clean_roi[1:2] if is_still else masks(study.roi[1:2], moved_matrix)
+    brain, bone, lesion = clean_roi.split(1)
+    if not is_still:
+        bone = masks(study.roi[1:2], moved_matrix)
+        brain = masks(study.roi[:1], moved_matrix) if study.brain_of_ct else brain
     far_mm = float(study.lesion_distance_mm.max())
     distance_mm = move(turn(study.lesion_distance_mm), matrix, spacing_mm, far_mm, "linear")
     unchanged = not varied.flips and torch.equal(matrix, torch.eye(4, dtype=matrix.dtype))
@@ -170,7 +182,7 @@ def study_item(
     return FusionBatch(
         mri=mri[None],
         ct=ct[None],
-        roi=torch.cat((clean_roi[:1], bone, clean_roi[2:]))[None],
+        roi=torch.cat((brain, bone, lesion))[None],
         spacing_mm=torch.tensor([spacing_mm]),
         case_id=[study.case_id],
         ct_map=[study.ct_map],
@@ -287,6 +299,7 @@ class PairedVolumes(lightning.LightningDataModule):
         self._asked_splits = splits
         self._splits: Splits | None = None
         self._splits_source = ""
+        self._patients: dict[str, str] | None = None
         self._studies: dict[str, Study] = {}
 
     @property
@@ -295,6 +308,14 @@ class PairedVolumes(lightning.LightningDataModule):
         if self._splits is None:
             self._splits, self._splits_source = self._find_splits()
         return self._splits
+
+    @property
+    def patients(self) -> dict[str, str]:
+        """The patient of each study folder of the root, by its name."""
+        if self._patients is None:
+            folders = study_folders(self.root)
+            self._patients = {folder.name: patient_of(folder) for folder in folders}
+        return self._patients
 
     def prepare_data(self) -> None:
         if self.prepare is not None:
@@ -374,12 +395,7 @@ class PairedVolumes(lightning.LightningDataModule):
 
     def write_splits(self, path: Path | str) -> None:
         """Record the case lists as ``splits.json`` that ``read_splits`` understands."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {**self.splits, "source": self._splits_source}
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.replace(path)
+        write_splits(path, self.splits, self._splits_source)
 
     def _misregistered(self, split: str, amplitude_mm: float | int) -> DataLoader:
         amplitude_deg = amplitude_mm * self.misregistration_deg_per_mm
@@ -394,22 +410,21 @@ class PairedVolumes(lightning.LightningDataModule):
         )
 
     def _find_splits(self) -> tuple[Splits, str]:
-        folders = {folder.name: folder for folder in study_folders(self.root)}
-        patients = {case: patient_of(folder) for case, folder in folders.items()}
+        patients = self.patients
         if self._asked_splits is not None:
             found = {split: list(self._asked_splits.get(split, ())) for split in SPLITS}
             source = "the configuration"
         elif (read := read_splits(self.root)) is not None:
             found, source = read, str(self.root)
         else:
-            found = make_splits(sorted(folders), patients)
+            found = make_splits(sorted(patients), patients)
             source = "made: 70/15/15 by patient, seed 42"
             log.info("%s has no splits file: 70/15/15 by patient, seed 42", self.root)
-        absent = sorted(case for split in SPLITS for case in found[split] if case not in folders)
+        absent = sorted(case for split in SPLITS for case in found[split] if case not in patients)
         if absent:
             raise FileNotFoundError(f"expected a folder for each case of {source}, no {absent}")
         check_splits(found, patients, source)
-        unused = sorted(set(folders) - {case for split in SPLITS for case in found[split]})
+        unused = sorted(set(patients) - {case for split in SPLITS for case in found[split]})
         if unused:
             log.info("in no split and not used: %s", ", ".join(unused))
         return found, source

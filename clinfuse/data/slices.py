@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from clinfuse.data.splits import SPLITS
@@ -33,6 +33,10 @@ THICKNESS_MM = 5.0
 """Of a slice, also assumed: it turns areas of bone into volumes."""
 
 
+GREY_LEVELS = 16.0
+"""Cb and Cr, in levels of 255, up to which a picture passes for grey: JPEG leaves some."""
+
+
 @dataclass(frozen=True)
 class PairKind:
     """What a kind of pair is called on disk, and what its names say.
@@ -44,7 +48,7 @@ class PairKind:
         endings: what ``mri`` and ``ct`` file names end in beyond the name they share.
         case_pattern: expression for a whole name whose first group is the patient; None where
             every picture is a case of its own.
-        one_patient: case numbers that are known to be one person.
+        one_patient: case numbers of the atlas that are known to be one person.
         is_ct: whether the second source is a CT (in an 8-bit window): the only one with ROI masks.
         is_colour: whether the second source may have a colour to keep.
         pixel_mm: size of a pixel; 1 where pictures have no scale, so that millimetres are pixels.
@@ -115,6 +119,7 @@ class Slice:
             the vertex there may be none), else empty; never a lesion.
         spacing_mm: pixel size (h, w).
         is_ct: whether the second source is a CT, in an 8-bit window.
+        reference: what training is to aim at; None where nothing says so.
     """
 
     case_id: str
@@ -124,6 +129,7 @@ class Slice:
     roi: Bool[Tensor, "r h w"]
     spacing_mm: tuple[float, float]
     is_ct: bool = False
+    reference: Float[Tensor, "1 h w"] | None = None
 
 
 def kind_named(name: str) -> PairKind:
@@ -172,13 +178,9 @@ def find_pairs(root: Path | str, kind: PairKind) -> list[Pair]:
 
 
 def patients_of(pairs: Sequence[Pair], kind: PairKind) -> dict[str, str]:
-    """The patient of each pair, by its name.
-
-    Where all the cases of the set are known to be one person, they are one patient.
-    """
-    if {pair.case for pair in pairs} <= kind.one_patient:
-        return {pair.name: " = ".join(sorted(kind.one_patient)) for pair in pairs}
-    return {pair.name: pair.case for pair in pairs}
+    """The patient of each pair, by its name; cases that are known to be one person are one."""
+    same = " = ".join(sorted(kind.one_patient))
+    return {pair.name: same if pair.case in kind.one_patient else pair.case for pair in pairs}
 
 
 def read_pair(pair: Pair, kind: PairKind) -> Slice:
@@ -186,12 +188,19 @@ def read_pair(pair: Pair, kind: PairKind) -> Slice:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file cannot be read, or the two differ in size.
+        ValueError: a file cannot be read, the two differ in size, or a source that is grey by its
+            kind has colour: the folders may be exchanged.
     """
     mri, ct = (rgb_to_ycbcr(read_picture(path)[None])[0] for path in (pair.mri, pair.ct))
     if mri.shape != ct.shape:
         sizes = [f"{tuple(p.shape[:0:-1])} in {f}" for p, f in ((mri, pair.mri), (ct, pair.ct))]
         raise ValueError(f"expected two pictures of one size (w, h), got {' and '.join(sizes)}")
+    for picture, path, is_grey in ((mri, pair.mri, True), (ct, pair.ct, not kind.is_colour)):
+        levels = 255 * float(picture[1:].abs().max())
+        if is_grey and levels > GREY_LEVELS:
+            raise ValueError(
+                f"expected a grey picture, got colour (Cb and Cr of up to {levels:.0f}): {path}"
+            )
     return Slice(
         case_id=pair.name,
         mri=2 * mri[:1] - 1,
@@ -211,8 +220,10 @@ def read_picture(path: Path | str) -> Float[Tensor, "3 h w"]:
         ValueError: not a picture, truncated, not of 8 bits a channel, or partly transparent.
     """
     with _opened(Path(path)) as image:
-        if image.mode not in _MODES:
-            raise ValueError(f"expected 8 bits a channel, got mode {image.mode}: {path}")
+        how = [str(tile.args) for tile in image.tile]  # Pillow reads 16-bit colour as mode RGB
+        if image.mode not in _MODES or any(";16" in stored for stored in how):
+            got = f"mode {image.mode}" + (f" stored as {how[0]}" if how else "")
+            raise ValueError(f"expected 8 bits a channel, got {got}: {path}")
         try:
             rgba = np.asarray(image.convert("RGBA"))
         except _UNREADABLE as error:
@@ -327,7 +338,7 @@ def _left_out(why: str, paths: Iterable[Path], folder: Path) -> None:
         log.warning("%s: left out, %s: %s%s", folder, why, ", ".join(names[:8]), more)
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(path: Path) -> ImageFile.ImageFile:
     """The picture, its pixels not yet read."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a picture, found nothing at {path}")

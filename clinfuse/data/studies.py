@@ -39,6 +39,9 @@ from clinfuse.types import ROI_NAMES
 
 log = logging.getLogger(__name__)
 
+MR_TASK = "total_mr"
+"""TotalSegmentator's task that finds the brain in the MRI; every other tool finds it in the CT."""
+
 STUDY_FILES = (
     "mri",
     "ct",
@@ -74,6 +77,7 @@ class Study:
         ct_map: how CT units became model space.
         mri_limits: MRI intensities that became -1 and 1.
         mask_source: for each ROI, whether the mask was given, segmented by a tool, or is absent.
+        brain_of_ct: whether the brain was segmented in the CT, and so lies where that lies.
         grid: stored grid of the MRI file, for writing back.
     """
 
@@ -92,6 +96,7 @@ class Study:
     ct_map: CtMap
     mri_limits: tuple[float, float]
     mask_source: Mapping[str, MaskSource]
+    brain_of_ct: bool
     grid: Grid
 
     @property
@@ -159,7 +164,11 @@ def load_study(
         if name not in files:
             raise FileNotFoundError(f"expected {name}.nii.gz, found none in {folder}")
     study = load_pair(files, folder.name, _patient(folder), ct_map, cache_dir, resample_mm)
-    return replace(study, mask_source={**study.mask_source, **_segmented_before(folder)})
+    return replace(
+        study,
+        mask_source={**study.mask_source, **_segmented_before(folder)},
+        brain_of_ct=study.brain_of_ct or _brain_was_found_in_ct(folder),
+    )
 
 
 def load_pair(
@@ -234,6 +243,7 @@ def load_pair(
         ct_map=units,
         mri_limits=limits,
         mask_source=sources,
+        brain_of_ct=sources["brain"] == "segmented",
         grid=mri.grid,
     )
 
@@ -398,13 +408,21 @@ def _patient(folder: Path) -> str:
 
 def _segmented_before(folder: Path) -> dict[str, MaskSource]:
     """The masks whose files ``clinfuse.prepare`` made, by a tool: nobody drew them."""
+    made = _provenance(folder)
+    return {roi: "segmented" for roi, how in made.items() if how["tool"] != "file"}
+
+
+def _brain_was_found_in_ct(folder: Path) -> bool:
+    how = _provenance(folder).get("brain", {"tool": "file"})
+    return how["tool"] != "file" and how.get("task") != MR_TASK
+
+
+def _provenance(folder: Path) -> dict[str, dict[str, Any]]:
+    """What ``clinfuse.prepare`` recorded of each mask that it wrote."""
     made = _facts(folder).get("masks")
-    tools = {
-        roi: made[f"{roi}_mask"]["tool"]
-        for roi in ROI_NAMES
-        if isinstance(made, dict) and f"{roi}_mask" in made
-    }
-    return {roi: "segmented" for roi, tool in tools.items() if tool != "file"}
+    if not isinstance(made, dict):
+        return {}
+    return {roi: made[f"{roi}_mask"] for roi in ROI_NAMES if f"{roi}_mask" in made}
 
 
 def _facts(folder: Path) -> dict[str, Any]:

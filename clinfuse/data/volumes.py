@@ -82,14 +82,15 @@ def read_volume(path: Path | str) -> Volume:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not NIfTI, truncated, not 3-D, not real numbers, NaN or infinite voxels, or an
-            affine without volume.
+        ValueError: not NIfTI, truncated, not 3-D, not real numbers, NaN or infinite voxels, a voxel
+            size of zero, or an affine without volume.
     """
     path = Path(path)
     image = _open(path)
     shape = image.shape[:3] if image.shape[3:] == (1,) else image.shape
     if len(shape) != 3:
         raise ValueError(f"expected a 3-D volume, got shape {image.shape}: {path}")
+    _check_voxel_size(image, path)
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise ValueError(f"expected an invertible affine, got {_one_line(affine)}: {path}")
@@ -190,6 +191,17 @@ def _open(path: Path) -> nib.Nifti1Image:
     if not isinstance(image, nib.Nifti1Image):
         raise ValueError(f"expected a NIfTI file, got {type(image).__name__}: {path}")
     return image
+
+
+def _check_voxel_size(image: nib.Nifti1Image, path: Path) -> None:
+    """Refuse a header without voxel sizes, as it is stored: nibabel puts 1 mm where it says 0."""
+    with image.file_map["image"].get_prepare_fileobj("rb") as file:
+        stored = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+    size_mm = np.abs(stored.astype(np.float64))  # some writers put the sign of an axis here
+    if not (np.isfinite(size_mm) & (size_mm > 0)).all():
+        raise ValueError(
+            f"expected voxel sizes above zero in the header, got {stored.tolist()} mm: {path}"
+        )
 
 
 def _voxels(image: nib.Nifti1Image, path: Path) -> Float[np.ndarray, "..."]:

@@ -154,14 +154,19 @@ def write_cohort_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    common = _common(cases, columns)
     ordered = sorted(cases, key=lambda case: (VERDICTS.index(case.verdict), case.case_id))
     counts = Counter(case.verdict for case in cases)
     page = environment.get_template("cohort.html.jinja").render(
-        style=_style_of_run_report(environment),
         title=title,
         facts={name: str(value) for name, value in facts.items()},
         counts={verdict: counts[verdict] for verdict in VERDICTS},
-        columns=[name for name in columns if any(name in case.facts for case in cases)],
+        columns=[
+            name
+            for name in columns
+            if name not in common and any(name in case.facts for case in cases)
+        ],
+        common=common,
         cases=[_case_context(case) for case in ordered],
         margin_mm=CANVAS_MARGIN_MM,
         units_per_mm=_UNITS_PER_MM,
@@ -319,6 +324,20 @@ def _ct_in_model_space(ct: Float[np.ndarray, "d h w"]) -> Float[np.ndarray, "d h
     return ct_to_model(values, "piecewise" if looks_like_hu(values) else "window_8bit").numpy()
 
 
+def _common(cases: Sequence[PreparedCase], columns: Sequence[str]) -> dict[str, str]:
+    """What is the same in every case and so said once: facts by name, and reasons by themselves."""
+    if len(cases) < 2:
+        return {}
+    first, *others = cases
+    facts = {
+        name: first.facts[name]
+        for name in columns
+        if name in first.facts and all(case.facts.get(name) == first.facts[name] for case in others)
+    }
+    reasons = [r for r in first.reasons if all(r in case.reasons for case in others)]
+    return facts | dict.fromkeys(reasons, "")
+
+
 def _case_context(case: PreparedCase) -> dict[str, Any]:
     return {
         "id": case.case_id,
@@ -361,10 +380,3 @@ def _histogram_figure(
         axes.grid(axis="y", color=QUIET, alpha=0.22, lw=0.7)
         axes.set_axisbelow(True)
     return figure
-
-
-def _style_of_run_report(environment: Environment) -> Markup:
-    """The style sheet of ``report.html.jinja``, so that both pages look alike."""
-    assert environment.loader is not None
-    source, _, _ = environment.loader.get_source(environment, "report.html.jinja")
-    return Markup(source.partition("<style>")[2].partition("</style>")[0])

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 from scipy.spatial import KDTree
 
@@ -142,9 +143,10 @@ def reliability_figure(
         axes.set_xlabel("error stated (s.d., model units)", fontsize=8, color=QUIET)
         axes.set_ylabel("error found (r.m.s., model units)", fontsize=8, color=QUIET)
         axes.tick_params(labelsize=8, colors=QUIET, length=2, pad=3, which="major")
-        axes.tick_params(length=0, labelsize=0, which="minor", labelcolor="none")
+        axes.tick_params(length=0, which="minor")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(QUIET)
         axes.grid(color=QUIET, alpha=0.18, lw=0.6)

@@ -26,13 +26,15 @@ from clinfuse.reporting.figures import (
     robustness_figure,
 )
 from clinfuse.reporting.tables import (
+    CONSPICUITY_TEXT,
     amplitudes_mm,
+    conspicuity_blocks,
     footnote,
     headline_scores,
+    is_conspicuity,
     is_headline,
     plain_cells,
-    score_cells,
-    score_label,
+    score_blocks,
 )
 from clinfuse.reporting.views import (
     CANVAS_MARGIN_MM,
@@ -64,12 +66,13 @@ _Contexts = tuple[list[dict[str, Any]], dict[str, Any] | None]
 
 _TILE_MM = (0.75, 0.95, 1.2, 1.5, 1.9, 2.4, 3.0)
 _STACK_MM = 1.2
-_MOST_COLUMNS = 5
+_MOST_COLUMNS = 6
 _TIMES = " \N{MULTIPLICATION SIGN} "
 _MOST_STACK_SLICES = 48
 _INCH_PX = 105
 """CSS pixels that an inch of a chart may take."""
 
+_COLUMNS_TEXT = "Columns: how far the CT was moved against the MRI."
 _SVG_COLOURS = {
     INK: "var(--ink)",
     QUIET: "var(--quiet)",
@@ -99,7 +102,8 @@ def write_report(
         path: of the HTML file.
         title: its heading.
         cases: shown in this order, on shared scales of difference and spread.
-        tables: by heading; a table of ``headline`` is shown with intervals and curves.
+        tables: by heading; a table of ``headline`` is shown with intervals, and with curves where
+            the CT was moved by more than one distance; one of ``conspicuity_table`` by finding.
         run_facts: what is worth knowing about the run (preset, alpha, beta, gamma, data, split,
             seed, versions, commit), by name; values are shown as text.
         highlight: the method that tables and curves set off, usually ours.
@@ -372,25 +376,39 @@ def _score_text(value: float) -> str:
 
 
 def _table_context(name: str, table: pd.DataFrame, highlight: str | None) -> dict[str, Any]:
+    """A table as cards, each a block and perhaps its curves; any other as it stands."""
+    if is_conspicuity(table):
+        cards = [{"block": block, "curves": []} for block in conspicuity_blocks(table)]
+        return {"name": name, "text": f"{CONSPICUITY_TEXT} {_COLUMNS_TEXT}", "cards": cards}
     if not is_headline(table):
         header, body = plain_cells(table)
-        return {"name": name, "header": header, "body": body, "scores": None}
-    return {
-        "name": name,
-        "footnote": footnote(table),
-        "scores": [
-            {
-                "label": score_label(roi, metric),
-                "amplitudes": [f"{a:g} mm" for a in amplitudes_mm(table, roi, metric)],
-                "methods": score_cells(table, roi, metric),
-                "curves": _curves(table, highlight, roi, metric),
-            }
-            for roi, metric in headline_scores(table)
-        ],
-    }
+        return {"name": name, "header": header, "body": body, "cards": None}
+    blocks, text = score_blocks(table), footnote(table)
+    amplitudes = {a for score in headline_scores(table) for a in amplitudes_mm(table, *score)}
+    has_curves, is_set_off = len(amplitudes) > 1, len(table) > 1 and highlight in table.index
+    if has_curves:
+        text += f" {_COLUMNS_TEXT}"
+    if is_set_off:
+        lines = "row and the thick line are" if has_curves else "row is"
+        text += f" The shaded {lines} {highlight}."
+    cards = [
+        {
+            "block": block,
+            "curves": [
+                _curves(table, highlight, score, is_named=len(block.scores) > 1)
+                for score in block.scores
+                if has_curves
+            ],
+        }
+        for block in blocks
+    ]
+    return {"name": name, "text": text, "cards": cards}
 
 
-def _curves(table: pd.DataFrame, highlight: str | None, roi: str, metric: str) -> Markup:
-    figure = robustness_figure(table, highlight, [(roi, metric)])
-    figure.axes[0].set_title("", loc="left")
+def _curves(
+    table: pd.DataFrame, highlight: str | None, score: tuple[str, str], is_named: bool
+) -> Markup:
+    figure = robustness_figure(table, highlight, [score])
+    if not is_named:
+        figure.axes[0].set_title("", loc="left")
     return Markup(figure_svg(figure, _SVG_COLOURS))

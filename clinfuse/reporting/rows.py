@@ -4,7 +4,7 @@ Every table and figure is made from these rows, so nothing in a paper is typed b
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from clinfuse.reporting.atomic import write_atomically
 
 CASE_COLUMNS = (
     "case_id",
+    "patient_id",
     "method",
     "preset",
     "seed",
@@ -25,10 +26,14 @@ CASE_COLUMNS = (
     "metric",
     "value",
 )
-"""Columns of ``cases.csv`` in order. ``steps`` is 0 for a method that does not sample."""
+"""Columns of ``cases.csv`` in order. ``steps`` is 0 for a method that does not sample.
 
-ROW_KEY = CASE_COLUMNS[:-1]
-"""What identifies a row: everything but its value."""
+``patient_id`` says whose case it is: several slices may be of one patient. Rows that lack it are
+read as one patient a case.
+"""
+
+ROW_KEY = tuple(name for name in CASE_COLUMNS if name not in ("patient_id", "value"))
+"""What identifies a row: everything but its value, and whose case it is."""
 
 _INTEGERS = ("seed", "steps")
 _FLOATS = ("misregistration_mm", "value")
@@ -47,10 +52,15 @@ def case_rows(
     misregistration_mm: float,
     mask_source: str,
     steps: int,
+    patient_id: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of one case from its ``(roi, metric, value)`` scores."""
+    """The rows of one case from its ``(roi, metric, value)`` scores.
+
+    Without ``patient_id`` the case is its own patient.
+    """
     key = {
         "case_id": case_id,
+        "patient_id": patient_id or case_id,
         "method": method,
         "preset": preset,
         "seed": seed,
@@ -68,18 +78,23 @@ def as_rows(rows: Rows) -> pd.DataFrame:
     floating-point arithmetic.
 
     Raises:
-        ValueError: a column is missing or unknown, a key is empty, or a number is not one.
+        ValueError: a column is missing or unknown, a key is empty, a number is not one, or a case
+            is said to be of two patients.
     """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
     if frame.empty and not len(frame.columns):
         frame = pd.DataFrame(columns=list(CASE_COLUMNS))
     _check_columns(frame.columns)
+    if "patient_id" not in frame.columns:
+        frame = frame.assign(patient_id=frame["case_id"])
     frame = frame[list(CASE_COLUMNS)].copy()
     _check_keys(frame)
     for column in CASE_COLUMNS:
         frame[column] = _typed(frame[column])
     frame["misregistration_mm"] = frame["misregistration_mm"].round(6)
-    return frame.drop_duplicates(list(ROW_KEY), keep="last", ignore_index=True)
+    frame = frame.drop_duplicates(list(ROW_KEY), keep="last", ignore_index=True)
+    _check_patients(frame)
+    return frame
 
 
 def read_rows(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -119,7 +134,7 @@ def write_rows(path: str | os.PathLike[str], rows: Rows) -> None:
 
 def _check_columns(columns: Iterable[Any]) -> None:
     got = list(columns)
-    missing = [name for name in CASE_COLUMNS if name not in got]
+    missing = [name for name in CASE_COLUMNS if name not in (*got, "patient_id")]
     unknown = [name for name in got if name not in CASE_COLUMNS]
     if missing or unknown:
         raise ValueError(
@@ -128,11 +143,20 @@ def _check_columns(columns: Iterable[Any]) -> None:
 
 
 def _check_keys(frame: pd.DataFrame) -> None:
-    for name in ROW_KEY:
+    for name in (*ROW_KEY, "patient_id"):
         empty = frame[name].isna() | (frame[name].astype(str) == "")
         if empty.any():
             first = frame[empty].iloc[0].to_dict()
             raise ValueError(f"expected a {name} in every row, got none in {first}")
+
+
+def _check_patients(frame: pd.DataFrame) -> None:
+    pairs = frame[["case_id", "patient_id"]].drop_duplicates()
+    twice = pairs[pairs["case_id"].duplicated(keep=False)]
+    if len(twice):
+        case_id = twice["case_id"].iloc[0]
+        of: Sequence[str] = twice.loc[twice["case_id"] == case_id, "patient_id"].tolist()
+        raise ValueError(f"expected one patient for case {case_id!r}, got {of}")
 
 
 def _typed(column: pd.Series) -> pd.Series:

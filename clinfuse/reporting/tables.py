@@ -1,7 +1,10 @@
 """Per-case rows to summaries: means with bootstrap intervals, the headline table, paired tests.
 
-The unit of every statistic is the patient: values of one case (seeds, say) are averaged before
-cases are. An undefined value is NaN; it is left out of the mean and counted.
+Values of one case (seeds, say) are averaged before cases are. A mean is over cases, but its
+uncertainty is over patients: slices of one head are no independent witnesses, so that patients are
+resampled with all their slices, and tests compare patients. Where each case is a patient of its
+own, as volumes usually are, that is the same. An undefined value is NaN; it is left out of the mean
+and counted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,8 +47,29 @@ LOWER_IS_BETTER = frozenset(
 )
 """Metrics whose best value is the smallest; of all others it is the largest."""
 
-STATISTICS = ("mean", "low", "high", "n", "undefined")
-"""What is known of one score: mean over cases, its interval, cases counted, values left out."""
+CONSPICUITY_COLUMNS = (
+    "finding",
+    "CT moved (mm)",
+    "method",
+    "cases",
+    "median",
+    "lowest",
+    "worst case",
+)
+"""Of ``conspicuity_table``."""
+
+CONSPICUITY_TEXT = (
+    "Does anything visible vanish? A finding's contrast to noise in the fused image over that in "
+    "the source that shows it better: 1 keeps it as it was, 0 loses it. Median over the cases that "
+    "have such a finding, and below it the lowest of all findings with its case."
+)
+"""What a conspicuity is, in sentences."""
+
+STATISTICS = ("mean", "low", "high", "n", "patients", "undefined")
+"""What is known of one score: mean over cases, its interval, cases, patients, values left out."""
+
+FEWEST_PATIENTS = 3
+"""Fewer have no interval: resampling two patients finds only those two and their mean."""
 
 _DASH = "\N{EN DASH}"
 _VARIANTS = ("preset", "mask_source", "steps")
@@ -67,21 +91,49 @@ class Cell(NamedTuple):
     is_best: bool
 
 
+_NO_CELL = Cell(_DASH, "", "", is_best=False)
+
+
+class Block(NamedTuple):
+    """A printed table: ``label`` and ``header`` above ``lines`` of cells by name.
+
+    ``scores`` are the (roi, metric) pairs of a headline table that it shows.
+    """
+
+    label: str
+    header: list[str]
+    lines: dict[str, list[Cell]]
+    scores: list[tuple[str, str]]
+
+
 def bootstrap_interval(
     values: Float[np.ndarray, " n"],
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    patients: Sequence[str] | None = None,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of ``values``, one value a case.
 
-    Efron & Tibshirani (1993), ch. 13. The same values and seed give the same interval. Fewer than
-    two values, or an infinite one, have no interval: (NaN, NaN). Values hold no NaN.
+    Efron & Tibshirani (1993), ch. 13; patients are drawn with replacement, each with all its cases
+    (cluster bootstrap: Field & Welsh (2007)). The same values and seed give the same interval.
+    Fewer than ``FEWEST_PATIENTS``, or an infinite value, have no interval: (NaN, NaN). Values hold
+    no NaN.
+
+    Args:
+        values: one a case.
+        confidence: of the interval.
+        resamples: bootstrap draws.
+        seed: of the draws.
+        patients: whose each value is; None for as many patients as values.
     """
-    if len(values) < 2 or not np.isfinite(values).all():
+    owner = np.arange(len(values)) if patients is None else pd.factorize(np.asarray(patients))[0]
+    cases = np.bincount(owner)
+    if len(cases) < FEWEST_PATIENTS or not np.isfinite(values).all():
         return float("nan"), float("nan")
-    generator = np.random.default_rng(seed)
-    means = values[generator.integers(0, len(values), (resamples, len(values)))].mean(axis=1)
+    sums = np.bincount(owner, weights=values)
+    drawn = np.random.default_rng(seed).integers(0, len(cases), (resamples, len(cases)))
+    means = sums[drawn].sum(axis=1) / cases[drawn].sum(axis=1)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
@@ -103,21 +155,23 @@ def summary(
         rows: as ``cases.csv``.
         by: columns that make a group; methods stay in order of appearance, amplitudes rise.
         confidence: of the interval.
-        resamples: bootstrap draws of the cases.
+        resamples: bootstrap draws of the patients.
 
     Returns:
         One row a group and score: ``by``, roi, metric, then ``STATISTICS``. ``n`` is the number of
-        cases with a value, ``undefined`` the number of rows whose value is NaN.
+        cases with a value, ``patients`` of those whose they are, ``undefined`` the number of rows
+        whose value is NaN.
     """
     frame = name_variants(as_rows(rows), by)
     records = []
     keys = [*by, "roi", "metric"]
     for key, group in frame.groupby(keys, sort=False):
-        values = group.groupby("case_id", sort=False)["value"].mean().dropna().to_numpy(float)
-        low, high = bootstrap_interval(values, confidence, resamples)
+        of_case = group.groupby(["patient_id", "case_id"], sort=False)["value"].mean().dropna()
+        values, patients = of_case.to_numpy(float), of_case.index.get_level_values(0)
+        low, high = bootstrap_interval(values, confidence, resamples, patients=patients.tolist())
         mean = float(values.mean()) if len(values) else float("nan")
         undefined = int(group["value"].isna().sum())
-        records.append((*key, mean, low, high, len(values), undefined))
+        records.append((*key, mean, low, high, len(values), patients.nunique(), undefined))
     table = pd.DataFrame(records, columns=[*keys, *STATISTICS])
     return _in_order(table, keys, frame)
 
@@ -148,11 +202,13 @@ def headline(
 
     Returns:
         Numbers: one row a method, columns (roi, metric, misregistration_mm, statistic) with the
-        statistics of ``STATISTICS``; NaN where a method lacks a score. Scores that no row has
-        are left out. ``to_markdown``, ``print_table`` and the report know this shape.
+        statistics of ``STATISTICS``; NaN where a method lacks a score. Scores that no row
+        defines are left out. ``to_markdown``, ``print_table`` and the report know this shape.
     """
     frame = as_rows(rows)
-    wanted = pd.MultiIndex.from_frame(frame[["roi", "metric"]]).isin(list(scores))
+    defined = frame[frame["value"].notna()].groupby(["roi", "metric"]).groups
+    scores = [score for score in scores if score in defined]
+    wanted = pd.MultiIndex.from_frame(frame[["roi", "metric"]]).isin(scores)
     long = summary(frame[wanted], confidence=confidence, resamples=resamples)
     columns = pd.MultiIndex.from_tuples(
         [
@@ -197,8 +253,41 @@ def conspicuity_table(rows: Rows) -> pd.DataFrame:
         lowest = of_case.min()["conspicuity_min"].dropna()
         worst = (lowest.min(), lowest.idxmin()) if len(lowest) else (np.nan, None)
         records.append((kind, *key, len(middle), middle.median(), *worst))
-    table = pd.DataFrame(records, columns=[*keys, "cases", "median", "lowest", "worst case"])
-    return _in_order(table, keys, frame).rename(columns={"misregistration_mm": "CT moved (mm)"})
+    table = pd.DataFrame(records, columns=[*keys, *CONSPICUITY_COLUMNS[3:]])
+    return _in_order(table, keys, frame).set_axis(list(CONSPICUITY_COLUMNS), axis=1)
+
+
+def is_conspicuity(table: pd.DataFrame) -> bool:
+    """Whether a frame has the columns that ``conspicuity_table`` makes."""
+    return tuple(table.columns) == CONSPICUITY_COLUMNS
+
+
+def conspicuity_blocks(table: pd.DataFrame) -> list[Block]:
+    """A block for each kind of finding of a conspicuity table: methods by amplitudes.
+
+    A cell's mean is the median and its interval the lowest finding; best is the highest median.
+    """
+    blocks = []
+    for kind, part in table.groupby("finding", sort=False):
+        most, amplitudes = part["cases"].max(), sorted(part["CT moved (mm)"].unique())
+        best = part.groupby("CT moved (mm)")["median"].max().round(2)
+        lines = {}
+        for method, of_method in part.groupby("method", sort=False):
+            cells = {
+                amplitude: Cell(
+                    mean=_number(median, 2),
+                    interval="" if np.isnan(lowest) else f"lowest {lowest:.2f}, {worst}",
+                    note=f"n {cases}" if cases < most else "",
+                    is_best=part["method"].nunique() > 1 and round(median, 2) == best[amplitude],
+                )
+                for _, amplitude, _, cases, median, lowest, worst in of_method.itertuples(
+                    index=False
+                )
+            }
+            lines[str(method)] = [cells.get(amplitude, _NO_CELL) for amplitude in amplitudes]
+        label = f"{str(kind)[0].upper()}{str(kind)[1:]}, n = {most}"
+        blocks.append(Block(label, [f"{a:g} mm" for a in amplitudes], lines, []))
+    return blocks
 
 
 def is_headline(table: pd.DataFrame) -> bool:
@@ -236,25 +325,64 @@ def score_label(roi: str, metric: str) -> str:
 def score_cells(table: pd.DataFrame, roi: str, metric: str) -> dict[str, list[Cell]]:
     """Per method, one ``Cell`` for each of ``amplitudes_mm``.
 
-    Best is the best mean of its column as printed, so equal numbers are marked alike. The note
-    says how many cases counted where that is not the table's largest number, and how many values
-    were undefined.
+    Best is the best mean of its column as printed, so equal numbers are marked alike; one method
+    alone is not best. The note says how many cases (and patients) counted where that is not the
+    table's largest number, and how many values were undefined.
     """
     part = score_columns(table, roi, metric)
     decimals = 1 if metric in _UNITS else 3
     amplitudes = amplitudes_mm(table, roi, metric)
     means = part.xs("mean", axis=1, level=1).round(decimals)
     best = (means.min() if metric in LOWER_IS_BETTER else means.max()).to_numpy(float)
-    if metric in NEITHER_IS_BETTER:
+    if metric in NEITHER_IS_BETTER or len(table) < 2:
         best = np.full(len(best), np.nan)
-    most = float(part.xs("n", axis=1, level=1).to_numpy(float, na_value=0).max())
+    most = (_largest(table, "n"), _largest(table, "patients"))
     return {
         str(method): [
-            _cell(part.loc[method, amplitude], decimals, best[column], most)
+            _cell(part.loc[method, amplitude], decimals, best[column], *most)
             for column, amplitude in enumerate(amplitudes)
         ]
         for method in table.index
     }
+
+
+def score_blocks(table: pd.DataFrame) -> list[Block]:
+    """A headline table as it is printed.
+
+    One amplitude makes one block, methods by scores; so does one method, scores by amplitudes.
+    Otherwise each score is a block, methods by amplitudes.
+    """
+    scores, amplitudes = headline_scores(table), _all_amplitudes_mm(table)
+    cells = {
+        score: {
+            method: dict(zip(amplitudes_mm(table, *score), line, strict=True))
+            for method, line in score_cells(table, *score).items()
+        }
+        for score in scores
+    }
+    if len(amplitudes) == 1:
+        lines = {
+            str(method): [cells[score][str(method)].get(amplitudes[0], _NO_CELL) for score in cells]
+            for method in table.index
+        }
+        return [Block("method", [score_label(*score) for score in scores], lines, scores)]
+    header = [f"{amplitude:g} mm" for amplitude in amplitudes]
+    if len(table) == 1 and scores:
+        method = str(table.index[0])
+        lines = {
+            score_label(*score): [line[method].get(a, _NO_CELL) for a in amplitudes]
+            for score, line in cells.items()
+        }
+        return [Block(method, header, lines, scores)]
+    return [
+        Block(
+            score_label(*score),
+            [f"{amplitude:g} mm" for amplitude in amplitudes_mm(table, *score)],
+            {method: list(line.values()) for method, line in lines.items()},
+            [score],
+        )
+        for score, lines in cells.items()
+    ]
 
 
 def footnote(table: pd.DataFrame) -> str:
@@ -262,11 +390,18 @@ def footnote(table: pd.DataFrame) -> str:
     kinds = table.columns.get_level_values("statistic")
     undefined = int(np.nansum(table.loc[:, kinds == "undefined"].to_numpy(float)))
     left_out = f"{undefined} undefined left out" if undefined else "none undefined"
-    most = np.nanmax(table.loc[:, kinds == "n"].to_numpy(float), initial=0)
-    return (
-        f"Mean over n = {most:.0f} cases unless a cell says otherwise ({left_out}), "
-        "with its 95% bootstrap interval over cases. Best of each column in bold."
+    n, patients = _largest(table, "n"), _largest(table, "patients")
+    amplitudes = _all_amplitudes_mm(table)
+    cases = f"{n:.0f} cases" if n == patients else f"{n:.0f} images of {_patients(patients)}"
+    interval = (
+        f"without intervals, which need {FEWEST_PATIENTS} patients"
+        if patients < FEWEST_PATIENTS
+        else f"with its 95% bootstrap interval over {'cases' if n == patients else 'patients'}"
     )
+    sentences = [f"Mean over n = {cases} unless a cell says otherwise ({left_out}), {interval}."]
+    sentences += ["Best of each column in bold."] if len(table) > 1 else []
+    sentences += [f"The CT was {_moved(amplitudes[0])}."] if len(amplitudes) == 1 else []
+    return " ".join(sentences)
 
 
 def paired_differences(
@@ -277,19 +412,20 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Ours minus each baseline on the same cases, with a paired Wilcoxon test (method §6).
 
-    Wilcoxon (1945), two-sided; p-values are corrected by Holm (1979) over the baselines, within
-    each score and misregistration. Cases where either value is undefined are left out. Without
-    any difference p is 1; without any pair it is NaN.
+    The difference is the mean over cases, and its interval resamples patients. Wilcoxon (1945),
+    two-sided, on the mean difference of each patient; p-values are corrected by Holm (1979) over
+    the baselines, within each score and misregistration. Cases where either value is undefined are
+    left out. Without any difference p is 1; without any pair it is NaN.
 
     Args:
         rows: as ``cases.csv``; variants of a method are methods of their own, as in ``summary``.
         ours: the method that the others are compared with.
         scores: (roi, metric) pairs; None means all.
-        resamples: bootstrap draws of the cases for the 95% interval.
+        resamples: bootstrap draws of the patients for the 95% interval.
 
     Returns:
         One row a baseline, score and amplitude: method (the baseline), misregistration_mm, roi,
-        metric, difference, low, high, n, p, p_holm.
+        metric, difference, low, high, n, p, p_holm. ``n`` is the number of patients compared.
 
     Raises:
         ValueError: no row is from ``ours``.
@@ -302,12 +438,15 @@ def paired_differences(
     for (amplitude, roi, metric), group in frame.groupby(keys, sort=False):
         if scores is not None and (roi, metric) not in scores:
             continue
-        cases = group.groupby(["case_id", "method"], sort=False)["value"].mean().unstack()
+        case = ["patient_id", "case_id", "method"]
+        cases = group.groupby(case, sort=False)["value"].mean().unstack()
         for method in (name for name in cases.columns if name != ours and ours in cases):
-            difference = (cases[ours] - cases[method]).dropna().to_numpy(float)
-            interval = bootstrap_interval(difference, resamples=resamples)
-            mean = float(difference.mean()) if len(difference) else float("nan")
-            n, p = len(difference), _wilcoxon(difference)
+            difference = (cases[ours] - cases[method]).dropna()
+            values, patients = difference.to_numpy(float), difference.index.get_level_values(0)
+            interval = bootstrap_interval(values, resamples=resamples, patients=patients.tolist())
+            mean = float(values.mean()) if len(values) else float("nan")
+            of_patient = difference.groupby(level=0, sort=False).mean().to_numpy(float)
+            n, p = len(of_patient), _wilcoxon(of_patient)
             records.append((method, amplitude, roi, metric, mean, *interval, n, p))
     columns = [*_GROUPS, "roi", "metric", "difference", "low", "high", "n", "p"]
     table = pd.DataFrame(records, columns=columns)
@@ -326,27 +465,26 @@ def holm(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """A table in GitHub's Markdown: one block a score for a headline table, else one block.
+    """A table in GitHub's Markdown: the ``score_blocks`` of a headline table, else one block.
 
     Numbers of other tables have four significant digits; NaN is a dash.
     """
     if not is_headline(table):
         return _markdown(*plain_cells(table))
-    blocks = []
-    for roi, metric in headline_scores(table):
-        amplitudes = [f"{a:g} mm" for a in amplitudes_mm(table, roi, metric)]
-        body = [
-            [method, *(_markdown_cell(cell) for cell in cells)]
-            for method, cells in score_cells(table, roi, metric).items()
-        ]
-        blocks.append(_markdown([score_label(roi, metric), *amplitudes], body))
+    blocks = [
+        _markdown(
+            [block.label, *block.header],
+            [[name, *map(_markdown_cell, cells)] for name, cells in block.lines.items()],
+        )
+        for block in score_blocks(table)
+    ]
     return "\n\n".join([*blocks, footnote(table)]) + "\n"
 
 
 def print_table(
     table: pd.DataFrame, title: str | None = None, console: Console | None = None
 ) -> None:
-    """Print a table to the terminal with rich: one block a score for a headline table.
+    """Print a table to the terminal with rich: the ``score_blocks`` of a headline table.
 
     A terminal too narrow for intervals shows means alone.
     """
@@ -356,14 +494,13 @@ def print_table(
         return
     if title:
         console.print(f"[bold]{escape(title)}[/]")
-    for roi, metric in headline_scores(table):
-        amplitudes = [f"{a:g} mm" for a in amplitudes_mm(table, roi, metric)]
-        has_room = console.width >= 20 + 14 * len(amplitudes)
+    for block in score_blocks(table):
+        has_room = console.width >= 20 + 14 * len(block.header)
         body = [
-            [escape(method), *(_rich_cell(cell, has_room) for cell in cells)]
-            for method, cells in score_cells(table, roi, metric).items()
+            [escape(name), *(_rich_cell(cell, has_room) for cell in cells)]
+            for name, cells in block.lines.items()
         ]
-        console.print(_rich(None, [score_label(roi, metric), *amplitudes], body, markup=True))
+        console.print(_rich(None, [block.label, *block.header], body, markup=True))
     console.print(footnote(table), style="dim", highlight=False)
 
 
@@ -399,9 +536,31 @@ def _wilcoxon(difference: Float[np.ndarray, " n"]) -> float:
     return float(stats.wilcoxon(difference).pvalue)
 
 
-def _cell(values: pd.Series, decimals: int, best: float, most: float) -> Cell:
-    mean, low, high, n, undefined = (float(values[name]) for name in STATISTICS)
-    notes = [f"n {n:.0f}"] if n < most else []
+def _all_amplitudes_mm(table: pd.DataFrame) -> list[float]:
+    """Rising, of any score of a headline table."""
+    return sorted({a for score in headline_scores(table) for a in amplitudes_mm(table, *score)})
+
+
+def _moved(amplitude_mm: float) -> str:
+    return f"moved by {amplitude_mm:g} mm" if amplitude_mm else "not moved"
+
+
+def _largest(table: pd.DataFrame, statistic: str) -> float:
+    """Of any score in a headline table; 0 in an empty one."""
+    is_statistic = table.columns.get_level_values("statistic") == statistic
+    return float(np.nanmax(table.loc[:, is_statistic].to_numpy(float), initial=0))
+
+
+def _patients(number: float) -> str:
+    return f"{number:.0f} patient" + ("" if number == 1 else "s")
+
+
+def _cell(
+    values: pd.Series, decimals: int, best: float, most_cases: float, most_patients: float
+) -> Cell:
+    mean, low, high, n, patients, undefined = (float(values[name]) for name in STATISTICS)
+    of = f" of {_patients(patients)}" if n and patients < most_patients < most_cases else ""
+    notes = [f"n {n:.0f}{of}"] if n < most_cases else []
     notes += [f"{undefined:.0f} undefined"] if undefined > 0 else []
     return Cell(
         mean=_number(mean, decimals),

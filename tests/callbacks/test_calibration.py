@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 
 import lightning
@@ -38,7 +39,7 @@ def test_all_validation_cases_are_fitted_in_the_regions_where_the_method_places_
     phantoms, tmp_path
 ):
     data = fit(Loud(), tmp_path, phantoms)
-    found = read_calibration(tmp_path)
+    found = read_calibration(tmp_path, Loud())
     assert list(found.case_ids) == list(data.splits["val"])
     assert found.misregistration_mm == data.val_misregistration_mm
     data.setup("validate")
@@ -59,7 +60,7 @@ def test_all_validation_cases_are_fitted_in_the_regions_where_the_method_places_
 
 def test_a_method_of_one_draw_has_nothing_to_calibrate(phantoms, tmp_path):
     fit(Weighted(0.5), tmp_path, phantoms)
-    assert list(tmp_path.iterdir()) == [] and read_calibration(tmp_path) is None
+    assert list(tmp_path.iterdir()) == [] and read_calibration(tmp_path, Weighted(0.5)) is None
 
 
 OF_FACTORS = {"level": 0.9, "std_scale": {}, "quantile": {}, "temperature": None}
@@ -70,4 +71,19 @@ OF_FACTORS = {"level": 0.9, "std_scale": {}, "quantile": {}, "temperature": None
 def test_a_file_that_is_no_calibration_is_refused_by_name(content, tmp_path):
     (tmp_path / FILE).write_text(content)
     with pytest.raises(ValueError, match=r"expected a calibration, got .*calibration\.json"):
-        read_calibration(tmp_path)
+        read_calibration(tmp_path, Loud())
+
+
+def test_a_calibration_of_how_a_method_sampled_before_is_left_out_and_said(
+    phantoms, tmp_path, caplog
+):
+    fit(Loud(), tmp_path, phantoms)
+    method = Loud()
+    method.sampling_version = Loud.sampling_version + 1
+    with caplog.at_level(logging.WARNING):
+        assert read_calibration(tmp_path, method) is None
+    assert f"resume={tmp_path} calibrates again" in caplog.text
+    without = json.loads((tmp_path / FILE).read_text())
+    del without["sampling_version"]  # as files had it before they said
+    (tmp_path / FILE).write_text(json.dumps(without))
+    assert read_calibration(tmp_path, Loud()) is not None

@@ -1,9 +1,11 @@
 import lightning
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from clinfuse.callbacks.guided_validation import GuidedValidation
+from clinfuse.data.paired_slices import PairedSlices
 from clinfuse.functional.psnr import psnr
 from clinfuse.functional.ssim import ssim
 from clinfuse.methods.base import FusionMethod
@@ -25,8 +27,8 @@ def validate(tmp_path, data):
         callbacks=[GuidedValidation(tmp_path / "figures")], enable_checkpointing=False,
     )  # fmt: skip
 
-    def logged(method):
-        return trainer.validate(method, datamodule=data, verbose=False)[0]
+    def logged(method, datamodule=data):
+        return trainer.validate(method, datamodule=datamodule, verbose=False)[0]
 
     return logged
 
@@ -60,6 +62,43 @@ def test_validation_scores_all_cases_draws_the_first_and_starts_anew_each_time(
     (picture,) = (tmp_path / "figures").iterdir()
     assert picture.name == "validation_step_000000.png"
     assert Image.open(picture).size[0] > 300
+
+
+def save(folder, name, values):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint8)).save(folder / f"{name}.png")
+
+
+def pairs(folder, kind, second):
+    """Two slices of 40 by 48 pixels: a grey MRI with a bright stripe, and a second source."""
+    mri = np.full((40, 48), 60)
+    mri[:, 20:28] = 240
+    for name in ("20001", "20002"):
+        save(folder / "MRI", name, mri)
+        save(folder / kind, name, second)
+    return PairedSlices(folder, f"{kind.lower()}_mri", splits={"val": ["20001", "20002"]})
+
+
+def test_a_pair_of_pictures_is_shown_beside_what_it_was_fused_to(tmp_path, validate):
+    orange = np.broadcast_to([250, 120, 10], (40, 48, 3))
+    assert validate(Weighted(0.5), pairs(tmp_path / "set", "SPECT", orange)) == {}  # no masks
+    shown = np.asarray(Image.open(tmp_path / "figures" / "validation_step_000000.png"))
+    is_orange = (np.abs(shown[..., :3].astype(int) - (250, 120, 10)) < 12).all(-1)
+    of_columns = [part.mean() for part in np.array_split(is_orange, 3, axis=1)]
+    assert of_columns[0] == 0 and of_columns[1] > 0.5  # the SPECT as it is, in the middle
+    colour = shown[..., 0].astype(int) - shown[..., 2]
+    third = np.array_split(colour, 3, axis=1)[2]
+    assert (third > 60).mean() > 0.5  # and its hue in the fused picture
+
+
+def test_slices_of_ct_are_scored_in_brain_and_bone(tmp_path, validate):
+    h, w = np.mgrid[-20:20, -24:24]
+    radius = np.hypot(h / 19, w / 22)
+    ct = 90 * (radius < 0.75) + 255 * ((radius >= 0.75) & (radius < 1))
+    logged = validate(Weighted(0.0), pairs(tmp_path / "set", "CT", ct))
+    assert logged["val/bone_ssim"] == pytest.approx(1, abs=1e-4)  # it is the CT
+    assert set(logged) == {"val/brain_ssim", "val/bone_psnr", "val/bone_ssim"}
+    assert (tmp_path / "figures" / "validation_step_000000.png").is_file()
 
 
 class Broken(FusionMethod):

@@ -69,6 +69,14 @@ def test_without_a_key_wandb_is_offline_and_says_how_to_sync(no_account, caplog)
     assert "wandb sync" in caplog.text and str(no_account / "run") in caplog.text
 
 
+def test_wandb_starts_without_a_word(no_account, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = wandb_logger(no_account, "smoke", "clinfuse")
+    logger.experiment.finish()
+    said = capfd.readouterr()
+    assert list(no_account.glob("wandb/offline-run-*")) and not said.out + said.err
+
+
 def test_with_a_key_wandb_is_online(no_account, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)

@@ -1,4 +1,5 @@
 import lightning
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_every_method_case_and_amplitude_has_a_row_of_every_metric(tmp_path, dat
     rows = scored(methods, recorder_in(tmp_path), data)
     assert tuple(rows.columns) == CASE_COLUMNS
     assert set(rows["preset"]) == {"stroke"} and set(rows["seed"]) == {3}
+    assert (rows["patient_id"] == rows["case_id"]).all()  # each phantom is a patient
     assert set(rows["mask_source"]) == {"expert"} and set(rows["steps"]) == {0}
     groups = rows.groupby(["method", "misregistration_mm", "case_id"], sort=False)
     assert set(groups.groups) == {
@@ -302,7 +304,9 @@ def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(t
     text = recorder.write().read_text("utf-8")
     assert "Calibration of the uncertainty" in text and "Reliability" in text
     assert (tmp_path / "figures" / "reliability.png").is_file()
-    assert "ENCE before calibration" in text and "<dt>bone ence" not in text
+    assert "ENCE before calibration" in text and "Whole ENCE</td>" in text
+    assert "Calibration of the uncertainty: intervals of 90% coverage" in text
+    assert "<dt>Bone PSNR (dB)</dt>" in text and "<dt>Bone ENCE" not in text
 
     plain = recorder_in(tmp_path / "plain", method="curious")
     scored({"curious": Curious()}, plain, data)
@@ -331,19 +335,20 @@ def test_the_reliability_diagram_of_a_training_run_reaches_wandb(tmp_path, data,
     assert Image.open(logged).size == Image.open(written).size
 
 
+@pytest.mark.parametrize("tried", [[2.0, 0.0], [0.0, 2.0]])
 def test_slices_are_written_once_at_the_smallest_amplitude_and_runs_of_one_method_kept_apart(
-    tmp_path,
+    tmp_path, tried
 ):
     for folder, colour in (("vi", (200, 100, 0)), ("ir", (80, 80, 80))):
         (tmp_path / "set" / folder).mkdir(parents=True)
         Image.new("RGB", (16, 12), colour).save(tmp_path / "set" / folder / "a.png")
-    amplitudes = {"misregistration_mm": [2.0, 0.0], "splits": {"test": ["a"]}}
+    amplitudes = {"misregistration_mm": tried, "splits": {"test": ["a"]}}
     data = PairedSlices(tmp_path / "set", "vis_ir", **amplitudes)
     recorder = recorder_in(tmp_path)
     for weight, recorder.seed in ((0.0, 3), (1.0, 4)):
         scored({"weighted": Weighted(weight)}, recorder, data)
     fused = [tmp_path / "fused" / name / "a.png" for name in ("weighted", "weighted_stroke_seed_4")]
-    visible, infrared = (Image.open(path) for path in fused)
-    assert set(visible.getdata()) == {(200, 100, 0)}  # all of it, unmoved
-    assert visible.size == infrared.size == (16, 12)
-    assert {round(0.299 * r + 0.587 * g + 0.114 * b) for r, g, b in infrared.getdata()} == {80}
+    visible, infrared = (np.asarray(Image.open(path)) for path in fused)
+    assert visible.shape == infrared.shape == (12, 16, 3)
+    assert (visible == (200, 100, 0)).all()  # all of it, unmoved
+    assert ((infrared @ (0.299, 0.587, 0.114)).round() == 80).all()

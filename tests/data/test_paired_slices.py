@@ -1,6 +1,7 @@
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -141,8 +142,12 @@ def test_folders_of_train_val_and_test_are_the_splits_and_a_leak_among_them_is_r
 def test_splits_that_must_leak_are_made_with_a_warning(tmp_path, caplog):
     for name in ("25001", "25002", "30001", "41001"):
         write_pair(tmp_path / "one_head", name, functional="PET")
-    splits = PairedSlices(tmp_path / "one_head", "pet_mri").splits
-    assert all(splits.values()) and not {"25001", "25002"} <= {*splits["val"], *splits["train"][:1]}
+    data = PairedSlices(tmp_path / "one_head", "pet_mri")
+    splits = data.splits
+    assert all(splits.values())
+    assert set(data.patients) == {"25001", "25002", "30001", "41001"}
+    assert len(set(data.patients.values())) == 1  # to statistics they are one head still
+    assert any({"25001", "25002"} <= set(names) for names in splits.values())  # by case at least
     assert "4 pairs are of one patient (cases 25, 30, 41), so any split leaks" in caplog.text
     for name in ("0000", "0001", "0002"):
         write_pair(tmp_path / "numbered", name)
@@ -161,6 +166,7 @@ def test_a_batch_has_what_a_method_may_see_and_no_invented_truth(root):
     assert batch.mri.shape == batch.ct.shape == (2, 1, 60, 72) and batch.roi.shape == (2, 3, 60, 72)
     assert batch.chroma.shape == (2, 2, 60, 72) and batch.spacing_mm.shape == (2, 2)
     assert batch.reference is None and not batch.roi.any() and list(batch.ct_map) == []
+    assert slice_item(replace(pair(), is_ct=True), STILL).ct_map == ["window_8bit"]
     assert torch.equal(batch.ct, batch.clean_ct)
     assert batch.to("cpu").chroma is not None and batch.repeat(2).chroma.shape[0] == 4
 
@@ -171,14 +177,16 @@ def test_everything_of_the_second_source_moves_together_and_nothing_else_does():
     assert torch.equal(still.ct, still.clean_ct)
     for name in ("mri", "clean_ct", "clean_roi"):
         assert torch.equal(getattr(moved, name), getattr(still, name))
-    assert torch.equal(moved.brain, still.brain) and not torch.equal(moved.bone, still.bone)
-    # Cb, Cr and bone were made from the CT, so they still agree with it
+    assert not torch.equal(moved.bone, still.bone)
+    # Cb, Cr and masks were made from the CT, so they still agree with it
     spot_moved = (moved.ct + 1) / 2
     torch.testing.assert_close(moved.chroma[:, :1], -0.4 * spot_moved, atol=1e-4, rtol=0)
     torch.testing.assert_close(moved.chroma[:, 1:], 0.3 * spot_moved, atol=1e-4, rtol=0)
     bone = spot_moved > 0.5  # by a spline; the mask itself is moved linearly
     assert 2 * (moved.bone & bone).sum() / (moved.bone.sum() + bone.sum()) > 0.98
     assert 2 * (still.bone & bone).sum() / (still.bone.sum() + bone.sum()) < 0.8
+    both = slice_item(replace(pair(), roi=pair().roi[[1, 1, 2]]), matrix)
+    assert torch.equal(both.brain, both.bone)  # a brain in the same place moves as far
     displacement = rigid_displacement(moved.misregistration, (60, 72), SPACING_MM)
     back = warp(moved.ct, displacement, SPACING_MM, refine=4)
     inside = (..., slice(12, -12), slice(12, -12))
@@ -196,6 +204,19 @@ def test_fixed_misregistration_shifts_and_turns_by_exactly_its_amplitude(amplitu
     if amplitude:  # 200 unit vectors: the mean is sqrt(1 / 200) = 0.07 long, root mean square
         assert shifts.mean(0).norm() / amplitude < 0.25
         assert 60 < sum(angle > 0 for angle in degrees) < 140
+
+
+def test_loaders_move_each_pair_by_the_amplitude_degrees_and_seed_asked_for(root):
+    data = PairedSlices(
+        root, "spect_mri", misregistration_mm=(0.0, 3.0), val_misregistration_mm=2.0,
+        misregistration_deg_per_mm=2.0, misregistration_seed=5,
+        splits={"val": ["12"], "test": ["11"]},
+    )  # fmt: skip
+    loaders = (*data.test_dataloader(), data.val_dataloader())
+    for loader, amplitude in zip(loaders, (0.0, 3.0, 2.0), strict=True):
+        for batch in loader:
+            expected = fixed_in_plane(batch.case_id[0], amplitude, 2 * amplitude, seed=5)
+            torch.testing.assert_close(batch.misregistration[0], expected.float())
 
 
 def test_jitter_stays_in_the_plane_and_has_the_amplitude_and_frequency_asked_for():
@@ -227,6 +248,15 @@ def test_a_patch_is_cut_alike_from_everything_and_states_its_own_misregistration
     displacement = rigid_displacement(patch.misregistration, (40, 48), SPACING_MM)
     whole = rigid_displacement(item.misregistration, (60, 72), SPACING_MM)
     torch.testing.assert_close(displacement, whole[..., h : h + 40, w : w + 48])
+
+
+def test_a_patch_shows_something_of_one_source_or_the_other():
+    mri, ct = torch.full((2, 1, 60, 72), -1.0)
+    mri[0, 50, 10], ct[0, 5, 60] = 0.5, 0.5
+    item, generator = slice_item(replace(pair(), mri=mri, ct=ct), STILL), torch.Generator()
+    patches = [random_patch(item, (8, 8), generator.manual_seed(seed)) for seed in range(20)]
+    shown = {(bool((patch.mri > -1).any()), bool((patch.ct > -1).any())) for patch in patches}
+    assert shown == {(True, False), (False, True)}
 
 
 def test_a_patch_larger_than_the_picture_is_padded_with_black():
@@ -290,7 +320,11 @@ def test_evaluating_a_rule_writes_rows_splits_and_every_fused_picture_in_colour(
     assert inside.any() and (fused[1:] - spect[1:])[:, inside].abs().max() < 0.51
     rows = pd.read_csv(tmp_path / "cases.csv", dtype={"case_id": str})
     assert set(rows["case_id"]) == tested and set(rows["misregistration_mm"]) == {0.0, 3.0}
-    assert rows["value"].isna().all()  # no masks and no reference
+    compared = rows["metric"].isin(["psnr", "ssim", "fsim"]) | rows["roi"].isin(["brain", "bone"])
+    assert rows[compared]["value"].isna().all()  # no masks and no reference
+    assert rows[rows["metric"] == "qabf"]["value"].between(0.1, 0.9).all()  # of the sources alone
+    patients = pd.read_csv(tmp_path / "cases.csv", dtype=str).set_index("case_id")["patient_id"]
+    assert set(patients["11007"]) == {"11"} and set(patients["2009"]) == {"2"}
     recorded = read_splits_file(tmp_path / "splits.json")
     assert set(recorded["test"]) == tested
     report = (tmp_path / "report.html").read_text()
@@ -338,3 +372,59 @@ def test_the_real_spect_patients_are_dealt_whole(shared_data, caplog):
         "test": 2,
     }
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_split_by_slice_leaks_and_says_so(root, caplog):
+    data = PairedSlices(root, "spect_mri", split="community")
+    with caplog.at_level(logging.WARNING):
+        splits = data.splits
+    assert sum(map(len, splits.values())) == len(NAMES)
+    train, test = ({data.patients[name] for name in splits[s]} for s in ("train", "test"))
+    assert train & test
+    assert "neighbouring slices of a patient train and test" in caplog.text
+    assert data.describe()["split_by"] == "slice" and "leaks" in data.describe()["splits_source"]
+    assert PairedSlices(root, "spect_mri").describe()["split_by"] == "patient"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"split": "random"}, "expected split=patient or split=community, got 'random'"),
+        ({"split": "community", "splits": {"test": ["all"]}}, "without splits"),
+    ],
+)
+def test_a_split_that_is_not_known_or_asked_for_twice_is_refused(root, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PairedSlices(root, "spect_mri", **arguments)
+
+
+def test_references_are_made_of_clean_sources_for_training_and_kept_but_not_for_test(
+    root, tmp_path
+):
+    asked = []
+
+    class Mean:
+        def __repr__(self):
+            return "the mean"
+
+        def __call__(self, mri, ct):
+            asked.append(1)
+            return (mri + ct) / 2
+
+    def data():
+        moved = RegistrationJitter(max_mm=4.0, max_deg=0.0, probability=1.0)
+        return PairedSlices(
+            root, "spect_mri", reference=Mean(), cache_dir=tmp_path / "cache", jitter=moved
+        )
+
+    first = data()
+    batches = [*first.train_dataloader(), *first.val_dataloader()]
+    for batch in batches:
+        assert torch.equal(batch.reference, (batch.clean_mri + batch.clean_ct) / 2)
+    made = len(asked)
+    assert made >= 3  # pairs of equal pictures share theirs
+    assert all(batch.reference is None for batch in first.test_dataloader()[0])
+    again = data()
+    for batch, before in zip(again.train_dataloader(), batches, strict=False):
+        assert torch.equal(batch.reference, before.reference)
+    assert len(asked) == made  # they came from the cache

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from clinfuse.data.augmentation import Augmentation
-from clinfuse.data.jitter import RegistrationJitter
+from clinfuse.data.jitter import RegistrationJitter, fixed_misregistration
 from clinfuse.data.paired_volumes import DrawSampler, PairedVolumes, collate_batches, study_item
 from clinfuse.data.splits import read_splits
+from clinfuse.data.studies import load_study
 from clinfuse.functional.intensity import ct_to_model
 from clinfuse.functional.warp import rigid_displacement, warp
 from clinfuse.types import FusionBatch
@@ -140,6 +141,29 @@ def test_jitter_moves_ct_and_bone_and_nothing_else(cohort):
         for name in ("mri", "brain", "lesion", "reference", "clean_mri", "clean_ct", "clean_roi"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
         assert torch.equal(a.lesion_distance_mm, b.lesion_distance_mm)
+
+
+@pytest.mark.parametrize(
+    "made_by, stays",
+    [
+        ("nobody", False),  # segmented in the CT as it is read
+        ({"tool": "clinfuse.roi.masks"}, False),
+        ({"tool": "TotalSegmentator", "task": "total"}, False),
+        ({"tool": "TotalSegmentator", "task": "total_mr"}, True),
+        ({"tool": "file"}, True),
+    ],
+)
+def test_a_brain_that_was_found_in_the_ct_moves_with_it_and_one_of_the_mri_stays(
+    make_study, made_by, stays
+):
+    """Left behind, it would tell a method where the CT belongs."""
+    folder = make_study("case", without=("brain_mask",) if made_by == "nobody" else ())
+    if made_by != "nobody":
+        (folder / "study.json").write_text(json.dumps({"masks": {"brain_mask": made_by}}))
+    study = load_study(folder)
+    item = study_item(study, fixed_misregistration("case", 12.0, 0.0))
+    assert torch.equal(item.brain, item.clean_roi[:, :1]) == stays
+    assert torch.equal(item.clean_roi[0], study.roi)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +388,9 @@ def test_the_splits_of_a_cohort_are_kept_and_checked(cohort):
     (cohort / "splits.json").write_text(json.dumps(splits))
     with pytest.raises(ValueError, match="'anna' in train"):
         PairedVolumes(cohort).setup()
+    patients = PairedVolumes(cohort).patients
+    assert patients == {case: case for case in patients} | {"case_00": "anna", "case_02": "anna"}
+    assert len(patients) == 8
 
 
 def test_the_cohort_is_prepared_before_it_is_read(make_study, tmp_path):

@@ -1,7 +1,9 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from PIL import Image
 
@@ -106,7 +108,7 @@ def test_the_case_number_comes_before_three_digits_of_slice(tmp_path, name, case
     assert pair.case == case
 
 
-def test_the_one_head_of_the_atlas_pet_is_one_patient_but_a_wider_set_is_not(tmp_path):
+def test_the_one_head_of_the_atlas_pet_is_one_patient_in_a_wider_set_too(tmp_path):
     kind = KINDS["pet_mri"]
     for name in ("25001", "30001", "41001"):
         picture(tmp_path / "PET" / f"{name}.png")
@@ -114,7 +116,7 @@ def test_the_one_head_of_the_atlas_pet_is_one_patient_but_a_wider_set_is_not(tmp
     assert len(set(patients_of(find_pairs(tmp_path, kind), kind).values())) == 1
     picture(tmp_path / "PET" / "7001.png")
     picture(tmp_path / "MRI" / "7001.png", grey=True)
-    assert set(patients_of(find_pairs(tmp_path, kind), kind).values()) == {"7", "25", "30", "41"}
+    assert set(patients_of(find_pairs(tmp_path, kind), kind).values()) == {"7", "25 = 30 = 41"}
 
 
 def test_both_sources_are_luma_in_model_space_and_chroma_is_kept(tmp_path):
@@ -128,6 +130,19 @@ def test_both_sources_are_luma_in_model_space_and_chroma_is_kept(tmp_path):
     grey = np.asarray(Image.open(root / "MRI" / "21001.png")) / 255.0
     np.testing.assert_allclose(found.mri[0], 2 * grey - 1, atol=1e-6)
     assert not found.roi.any() and found.spacing_mm == (0.9, 0.9)
+
+
+def test_colour_where_the_kind_is_grey_is_refused_and_grey_where_it_may_have_colour_is_not(
+    tmp_path,
+):
+    root = spect_set(tmp_path / "spect", ["21001"])
+    (pair,) = find_pairs(root, SPECT)
+    exchanged = replace(pair, mri=pair.ct, ct=pair.mri)
+    with pytest.raises(ValueError, match=r"expected a grey picture, got colour .*SPECT.21001\.png"):
+        read_pair(exchanged, SPECT)
+    with pytest.raises(ValueError, match=r"expected a grey picture, got colour .*SPECT.21001\.png"):
+        read_pair(pair, CT)
+    assert not read_pair(replace(pair, ct=pair.mri), SPECT).chroma.abs().gt(1e-6).any()
 
 
 def test_a_ct_has_brain_and_bone_and_no_colour(tmp_path):
@@ -160,8 +175,13 @@ def test_what_is_no_opaque_8_bit_picture_is_refused_by_name(tmp_path):
     text.write_text("not a picture")
     picture(cut, size=(60, 60))
     cut.write_bytes(cut.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"8 bits a channel, got mode I;16: .*deep\.png"):
+    with pytest.raises(ValueError, match=r"8 bits a channel, got mode I;16 .*deep\.png"):
         read_picture(deep)
+    colour = sitk.GetImageFromArray(np.full((4, 5, 3), 40000, np.uint16), isVector=True)
+    for path in (tmp_path / "rich.png", tmp_path / "rich.tif"):  # of which Pillow keeps half
+        sitk.WriteImage(colour, path)
+        with pytest.raises(ValueError, match=r"8 bits a channel, got mode RGB stored as .*;16"):
+            read_picture(path)
     with pytest.raises(ValueError, match=r"opaque picture, got transparent pixels: .*glass\.png"):
         read_picture(glass)
     with pytest.raises(ValueError, match=r"expected a picture, got something unreadable: .*text"):

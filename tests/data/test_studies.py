@@ -1,3 +1,4 @@
+import gzip
 import json
 import logging
 
@@ -169,6 +170,15 @@ def test_bad_files_are_refused_by_name(make_study):
     refused(folder, ValueError, "NaN", "ct.nii.gz")
     change(folder, "ct", lambda data: np.stack([data, data], -1))
     refused(folder, ValueError, "3-D", "ct.nii.gz")
+
+
+def test_a_file_without_a_voxel_size_is_refused_by_name(make_study):
+    folder = make_study()
+    image = nib.load(folder / "ct.nii.gz")
+    content = bytearray(image.to_bytes())
+    content[80:84] = bytes(4)  # pixdim[1], which nibabel would take for 1 mm
+    (folder / "ct.nii.gz").write_bytes(gzip.compress(bytes(content)))
+    refused(folder, ValueError, "[0.0, 3.0, 4.0] mm", "ct.nii.gz")
 
 
 def test_windowed_ct_is_taken_as_it_is(make_study):

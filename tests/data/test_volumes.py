@@ -188,6 +188,27 @@ def test_an_affine_without_volume_is_refused(tmp_path):
     refused(path, "invertible affine")
 
 
+PIXDIM = {"nii": (80, "<f4"), "2.nii": (112, "<f8")}
+"""Where the voxel size along i lies in a NIfTI-1 and in a NIfTI-2 header."""
+
+
+@pytest.mark.parametrize("size_mm", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("version", PIXDIM)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_voxel_size_of_nothing_is_refused_even_beside_a_good_affine(
+    tmp_path, size_mm, version, suffix
+):
+    image = {"nii": nib.Nifti1Image, "2.nii": nib.Nifti2Image}[version](values(), AFFINE)
+    at, kind = PIXDIM[version]
+    content = bytearray(image.to_bytes())
+    assert np.frombuffer(content, kind, 3, at).tolist() == [2, 3, 4]
+    content[at : at + np.dtype(kind).itemsize] = np.array(size_mm, kind).tobytes()
+    path = tmp_path / f"mri.{version}{suffix}"
+    path.write_bytes(gzip.compress(bytes(content)) if suffix else bytes(content))
+    assert nib.load(path).affine[0, 0] == 2  # nibabel takes it
+    refused(path, "voxel sizes above zero", f"[{size_mm}, 3.0, 4.0] mm")
+
+
 def test_a_file_that_states_no_orientation_is_warned_about(tmp_path, caplog):
     image = nib.Nifti1Image(values(), None)
     image.header["sform_code"] = image.header["qform_code"] = 0

@@ -2,12 +2,14 @@ import base64
 import io
 import re
 from dataclasses import asdict
+from importlib.resources import files
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clinfuse.reporting.cohort import PlanePanel, PreparedCase, panels_of, write_cohort_report
+from clinfuse.reporting.html import write_report
 
 SHAPE, SPACING_MM = (16, 60, 48), (6.0, 3.0, 3.0)
 
@@ -171,6 +173,31 @@ def test_the_summary_has_columns_for_facts_that_any_case_has(tmp_path):
     head = re.search(r"<thead>(.*?)</thead>", text, re.S)[1]
     assert re.findall(r">([^<]+)</th>", head) == ["case", "verdict", "reasons", "brain", "moved"]
     assert "<td>1300 ml</td><td>–</td>" in text
+
+
+def test_what_is_so_in_every_case_is_said_once_above_the_summary(tmp_path):
+    facts = {"registration": "rigid", "covered": "0.98"}  # of which the first is a column
+    cases = [
+        case(case_id=name, verdict="warn", reasons=reasons, facts={**facts, "brain": brain})
+        for name, reasons, brain in (
+            ("a", ("not in HU", "cut at the top"), "1300 ml"),
+            ("b", ("not in HU",), "1200 ml"),
+        )
+    ]
+    text = report(tmp_path, cases)
+    assert "In every case: registration rigid; not in HU." in text
+    head = re.search(r"<thead>(.*?)</thead>", text, re.S)[1]
+    assert re.findall(r">([^<]+)</th>", head) == ["case", "verdict", "reasons", "brain"]
+    assert re.findall(r'<td class="why">(.*?)</td>', text) == ["cut at the top", ""]
+    assert text.count("<li>not in HU</li>") == 2  # and with each case, where its pictures are
+    alone = report(tmp_path, cases[:1])
+    assert "In every case" not in alone and '<td class="why">not in HU; cut' in alone
+
+
+def test_both_pages_have_the_one_style_sheet(tmp_path):
+    style = files("clinfuse.reporting").joinpath("style.css").read_text("utf-8").strip()
+    run = write_report(tmp_path / "run.html", "A run", [], {}, {}).read_text("utf-8")
+    assert style in report(tmp_path, [case()]) and style in run
 
 
 def test_each_picture_is_stored_once_and_the_file_needs_nothing_else(volumes, tmp_path, page_of):

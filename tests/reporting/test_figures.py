@@ -196,6 +196,18 @@ def test_reliability_says_which_side_of_the_diagonal_says_too_little():
     assert legend.legend_handles[0].get_linestyle() == "--"
 
 
+def test_no_text_of_any_figure_is_too_small_to_be_set(tmp_path, table, caplog):
+    caplog.set_level("INFO", logger="matplotlib.font_manager")
+    points = {"Brain": {"calibrated": np.array([[0.02, 0.03], [0.2, 0.3]])}}
+    charts = {"reliability": reliability_figure(points)}
+    save_figures(tmp_path, [noisy_case("case")], table, charts=charts)
+    assert "Fontsize" not in caplog.text
+    (axes,) = charts["reliability"].axes
+    for axis in (axes.xaxis, axes.yaxis):  # lines at every decade, their ticks between unlabelled
+        assert {label.get_text() for label in axis.get_minorticklabels()} == {""}
+        assert "0.1" in {label.get_text() for label in axis.get_majorticklabels()}
+
+
 def test_charts_are_written_beside_the_cases_under_their_names(tmp_path, table):
     chart = Figure()
     written = save_figures(tmp_path, [noisy_case("chart")], table, charts={"chart": chart})

@@ -11,7 +11,12 @@ from PIL import Image
 from clinfuse.reporting.figures import reliability_figure
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.rows import case_rows
-from clinfuse.reporting.tables import headline, score_cells
+from clinfuse.reporting.tables import (
+    CALIBRATION_SCORES,
+    conspicuity_table,
+    headline,
+    score_cells,
+)
 from clinfuse.reporting.views import CANVAS_MARGIN_MM, CaseView, chosen_slices, cropped, head_box
 
 SPACING_MM = (5.0, 2.0, 2.0)
@@ -41,16 +46,25 @@ def case(case_id="case_000", shape=(8, 30, 28), **changes):
     return replace(view, **changes)
 
 
-@pytest.fixture
-def table():
+def rows_of(scores, methods=("ours", "average"), amplitudes=(0.0, 2.0)):
+    """Five cases; each score of ``scores`` is lower by 20 % for every further method."""
     rows = []
-    for method, level in (("ours", 25.0), ("average", 20.0)):
-        for mm in (0.0, 2.0):
+    for rank, method in enumerate(methods):
+        for mm in amplitudes:
             for number in range(5):
                 key = {"case_id": str(number), "method": method, "misregistration_mm": mm}
                 key |= {"preset": "stroke", "mask_source": "expert", "steps": 6, "seed": 0}
-                rows += case_rows([("bone", "psnr", level - mm + 0.3 * number)], **key)
-    return headline(rows)
+                values = [
+                    (*score, (1 - 0.2 * rank) * (level - mm + 0.3 * number))
+                    for score, level in scores.items()
+                ]
+                rows += case_rows(values, **key)
+    return rows
+
+
+@pytest.fixture
+def table():
+    return headline(rows_of({("bone", "psnr"): 25.0}))
 
 
 def report(tmp_path, cases, tables=None, facts=FACTS, **options):
@@ -116,6 +130,57 @@ def test_a_report_of_a_run_without_scores_or_cases_is_written(tmp_path):
     assert "n = 0 cases" in text and "<svg" not in text and ">Cases<" not in text
 
 
+def lines_of(text):
+    """The lines of the one table in a page, as texts of cells without small print."""
+    (table,) = re.findall(r"<table>(.*?)</table>", text, re.S)
+    lines = re.findall(r"<tr.*?</tr>", re.sub(r"<small.*?</small>", "", table), re.S)
+    return [
+        [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", line, re.S)]
+        for line in lines
+    ]
+
+
+def test_scores_at_one_amplitude_are_one_table_of_methods_without_curves(tmp_path):
+    scores = {("bone", "psnr"): 20.0, ("brain", "ssim"): 0.5}
+    for amplitude, said in ((0.0, "The CT was not moved."), (2.0, "The CT was moved by 2 mm.")):
+        table = headline(rows_of(scores, amplitudes=(amplitude,)))
+        text = report(tmp_path, [], {"Scores": table}, highlight="average")
+        assert said in text and "The shaded row is average." in text and "<svg" not in text
+        psnr, ssim = (score_cells(table, *score) for score in scores)
+        assert lines_of(text) == [
+            ["method", "Bone PSNR (dB)", "Brain SSIM"],
+            *([m, psnr[m][0].mean, ssim[m][0].mean] for m in ("ours", "average")),
+        ]
+        assert text.count('<tr class="ours"><td>average') == 1
+
+
+def test_scores_of_one_method_are_one_table_of_scores_and_a_curve_of_each(tmp_path):
+    scores = {("bone", "coverage"): 0.5, ("whole", "ence"): 0.3, ("whole", "ause"): 0.2}
+    table = headline(rows_of(scores, ("ours",)), CALIBRATION_SCORES)
+    text = report(tmp_path, [], {"Calibration": table}, highlight="ours")
+    assert lines_of(text) == [
+        ["ours", "0 mm", "2 mm"],
+        *(
+            [label, *(cell.mean for cell in score_cells(table, *score)["ours"])]
+            for label, score in zip(
+                ("Bone coverage", "Whole ENCE", "Whole AUSE"), scores, strict=True
+            )
+        ),
+    ]
+    assert text.count("<svg viewBox") == 3 and "<b>" not in text.partition("How to read")[0]
+    assert re.search(r"<text[^>]*>Bone coverage</text>", text)  # each curve says whose it is
+
+
+def test_findings_are_shown_by_kind_with_the_lowest_of_them_under_the_median(tmp_path):
+    rows = rows_of({("lesion", "conspicuity"): 2.5, ("lesion", "conspicuity_min"): 2.4})
+    text = report(tmp_path, [], {"Findings": conspicuity_table(rows)}, highlight="ours")
+    assert lines_of(text)[0] == ["Lesion on MRI, n = 5", "0 mm", "2 mm"]
+    # the middle case is 0.6 above the first, and the other method has 0.8 times as much
+    assert lines_of(text)[1:] == [["ours", "3.10", "1.10"], ["average", "2.48", "0.88"]]
+    assert "<td><b>1.10</b><small>lowest 0.40, 0</small></td>" in text
+    assert "1 keeps it as it was" in text and '<tr class="ours"><td>ours' in text
+
+
 def test_any_other_table_is_shown_as_it_stands(tmp_path):
     frame = pd.DataFrame({"method": ["wavelet"], "p_holm": [0.03125]})
     text = report(tmp_path, [], {"Paired tests": frame})
@@ -164,6 +229,10 @@ def test_overlays_lie_over_the_fused_image_in_every_plane_with_a_legend_in_units
     assert text.count('<div class="unit">probability</div>') == 1
     assert "Epistemic</b> is the part" in text and "no second opinion" in text
     assert 'class="bare"' in text
+    panels, beneath = re.findall(r'<div class="viewer"(.*?)><div class="inner', text)
+    assert panels == "" and "width: 100.00%" in beneath  # a name and three overlays, as four panels
+    two = report(tmp_path, [replace(view, reference=view.mri, lesion_probability=None)])
+    assert "width: 60.00%" in two  # of five panels, so that tiles are as wide and no room is black
 
 
 def test_a_lone_overlay_stands_beside_the_other_panels(tmp_path):

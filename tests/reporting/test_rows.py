@@ -8,6 +8,7 @@ from clinfuse.reporting.rows import CASE_COLUMNS, as_rows, case_rows, read_rows,
 
 KEY = {
     "case_id": "007",
+    "patient_id": "07",
     "method": "wavelet",
     "preset": "default",
     "seed": 0,
@@ -61,7 +62,7 @@ def test_every_part_of_the_key_keeps_rows_apart():
     others = [
         row(**{name: value})
         for name, value in {
-            "case_id": "8",
+            "case_id": "8",  # another case of the same patient
             "method": "average",
             "preset": "stroke",
             "seed": 1,
@@ -81,6 +82,20 @@ def test_scores_of_a_case_become_rows():
     assert math.isnan(made[1]["value"]) and made[1]["metric"] == "dice"
 
 
+def test_a_case_without_a_patient_is_one_of_its_own(tmp_path):
+    key = {name: value for name, value in KEY.items() if name != "patient_id"}
+    [alone] = case_rows([("bone", "psnr", 21.5)], **key)
+    assert alone["patient_id"] == "007"
+    before = [name for name in CASE_COLUMNS if name != "patient_id"]  # files of earlier versions
+    pd.DataFrame([alone])[before].to_csv(tmp_path / "cases.csv", index=False)
+    assert read_rows(tmp_path / "cases.csv").to_dict("records") == [alone]
+
+
+def test_a_case_of_two_patients_is_refused():
+    with pytest.raises(ValueError, match=r"one patient for case '007', got \['07', '08'\]"):
+        as_rows([row(), row(method="average", patient_id="08")])
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -90,6 +105,7 @@ def test_scores_of_a_case_become_rows():
         ({"misregistration_mm": "nan"}, "misregistration_mm"),
         ({"case_id": None}, "case_id"),
         ({"method": ""}, "method"),
+        ({"patient_id": ""}, "patient_id"),
     ],
 )
 def test_a_bad_row_is_refused_and_the_file_kept(tmp_path, bad, message):

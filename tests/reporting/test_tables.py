@@ -10,11 +10,14 @@ from scipy import stats
 from clinfuse.reporting.rows import case_rows
 from clinfuse.reporting.tables import (
     CALIBRATION_SCORES,
+    HEADLINE_SCORES,
+    STATISTICS,
     amplitudes_mm,
     bootstrap_interval,
     conspicuity_table,
     footnote,
     headline,
+    headline_scores,
     holm,
     is_headline,
     paired_differences,
@@ -28,7 +31,7 @@ from clinfuse.reporting.tables import (
 SCORES = {("bone", "psnr"): 20.0, ("brain", "ssim"): 0.8, ("lesion", "hd95"): 3.0}
 
 
-def rows_of(method, values, roi="bone", metric="psnr", mm=0.0, seed=0, **changes):
+def rows_of(method, values, roi="bone", metric="psnr", mm=0.0, seed=0, patients=None, **changes):
     key = {"preset": "stroke", "mask_source": "expert", "steps": 0, **changes}
     return [
         row
@@ -36,6 +39,7 @@ def rows_of(method, values, roi="bone", metric="psnr", mm=0.0, seed=0, **changes
         for row in case_rows(
             [(roi, metric, value)],
             case_id=f"case_{number}",
+            patient_id=None if patients is None else patients[number],
             method=method,
             seed=seed,
             misregistration_mm=mm,
@@ -86,17 +90,45 @@ def test_a_wider_confidence_gives_a_wider_interval_and_the_seed_repeats_it():
     assert (low, high) == bootstrap_interval(values, confidence=0.5)
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.inf]])
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, 2.0], [1.0, 2.0, math.inf]])
 def test_too_little_to_resample_has_no_interval(values):
     assert np.isnan(bootstrap_interval(np.array(values, dtype=float))).all()
+
+
+def test_slices_of_two_patients_have_no_interval_however_many_they_are():
+    patients = ["a", "b"] * 20
+    assert np.isnan(bootstrap_interval(np.arange(40.0), patients=patients)).all()
+    low, high = bootstrap_interval(np.arange(40.0), patients=[*patients[:39], "c"])
+    assert low < high
+
+
+def test_patients_are_resampled_with_all_their_slices_as_scipy_resamples_them():
+    random = np.random.default_rng(2)
+    sizes = random.integers(3, 12, 9)
+    patients = np.repeat(np.arange(9), sizes)
+    values = random.normal(size=9)[patients] + 0.2 * random.normal(size=len(patients))
+    sums = np.bincount(patients, values)
+    theirs = stats.bootstrap(  # whole patients are drawn, and the mean is over all their slices
+        (sums, sizes), lambda s, n, axis: s.sum(axis) / n.sum(axis), paired=True,
+        n_resamples=20000, method="percentile", rng=np.random.default_rng(5),
+    ).confidence_interval  # fmt: skip
+    ours = bootstrap_interval(values, resamples=20000, patients=[f"p{i}" for i in patients])
+    np.testing.assert_allclose(ours, theirs, atol=0.06 * values.std() / math.sqrt(9))
+    # slices of one patient are alike, so as if independent they would promise far too much
+    naive = bootstrap_interval(values, resamples=20000)
+    assert np.ptp(naive) < 0.6 * np.ptp(ours)
+
+
+def test_patients_of_one_case_each_have_the_interval_of_cases():
+    values = np.random.default_rng(3).normal(size=8)
+    assert bootstrap_interval(values) == bootstrap_interval(values, patients=list("hgfedcba"))
 
 
 def test_seeds_of_one_case_are_averaged_before_cases_are():
     twice = rows_of("ours", [10.0, 20.0]) + rows_of("ours", [30.0], seed=1)
     [line] = summary(twice).to_dict("records")
     assert (line["mean"], line["n"]) == (20.0, 2)  # (10 + 30) / 2 and 20, not 60 / 3
-    low, high = bootstrap_interval(np.array([20.0, 20.0]))
-    assert (line["low"], line["high"]) == (low, high)
+    assert math.isnan(line["low"]) and line["patients"] == 2  # of two no interval
 
 
 def test_a_score_that_no_case_defines_is_nan_and_counted():
@@ -125,9 +157,9 @@ def test_headline_holds_the_numbers_of_the_summary(rows):
     table = headline(rows, scores=tuple(SCORES))
     assert is_headline(table) and not is_headline(summary(rows))
     long = summary(rows)
-    assert table.size == long[["mean", "low", "high", "n", "undefined"]].size
+    assert table.size == long[list(STATISTICS)].size
     for line in long.to_dict("records"):
-        for name in ("mean", "low", "high", "n", "undefined"):
+        for name in STATISTICS:
             column = (line["roi"], line["metric"], line["misregistration_mm"], name)
             assert table.loc[line["method"], column] == line[name]
 
@@ -157,6 +189,12 @@ def test_means_that_print_alike_are_best_together():
     assert [cells[m][0].is_best for m in "ab"] == [True, True]
 
 
+def test_one_method_alone_is_not_best():
+    table = headline(rows_of("a", [20.0, 21.0, 22.0]))
+    assert not score_cells(table, "bone", "psnr")["a"][0].is_best
+    assert "bold" not in footnote(table)
+
+
 def test_a_perfect_copy_has_infinite_psnr_and_is_best():
     table = headline(rows_of("copy", [math.inf, math.inf]) + rows_of("other", [30.0, 31.0]))
     [cell] = score_cells(table, "bone", "psnr")["copy"]
@@ -167,7 +205,34 @@ def test_cells_that_miss_cases_say_so(rows):
     table = headline(rows, scores=tuple(SCORES))
     full, missing = score_cells(table, "lesion", "hd95")["ours"]
     assert (full.note, missing.note) == ("", "n 5, 1 undefined")
-    assert "n = 6" in footnote(table) and "2 undefined" in footnote(table)
+    assert "n = 6 cases" in footnote(table) and "2 undefined" in footnote(table)
+    assert "interval over cases" in footnote(table)
+
+
+OF_FOUR = ["a", "a", "a", "b", "b", "c", "c", "d"]
+
+
+def test_a_mean_over_slices_says_of_how_many_patients_they_are():
+    made = rows_of("ours", [1.0, 2, 3, 4, 5, 6, 7, 8], patients=OF_FOUR)
+    made += rows_of("other", [*[math.nan] * 3, 4, 5, 6, 7, 8], patients=OF_FOUR)
+    table = headline(made)
+    assert "n = 8 images of 4 patients" in footnote(table)
+    assert "interval over patients" in footnote(table)
+    ours, other = (score_cells(table, "bone", "psnr")[m][0] for m in ("ours", "other"))
+    assert (ours.mean, ours.note) == ("4.5", "") and ours.interval
+    assert other.note == "n 5 of 3 patients, 3 undefined"
+    fewer = rows_of("other", [math.nan, *range(7)], patients=OF_FOUR)
+    [cell] = score_cells(headline(made + fewer), "bone", "psnr")["other"]
+    assert cell.note == "n 7, 1 undefined"  # still of all four
+
+
+def test_a_mean_over_slices_of_two_patients_has_no_interval_and_says_why():
+    table = headline(rows_of("ours", np.arange(40.0), patients=["20", "28"] * 20))
+    [cell] = score_cells(table, "bone", "psnr")["ours"]
+    assert (cell.mean, cell.interval) == ("19.5", "")
+    assert "n = 40 images of 2 patients" in footnote(table)
+    assert "without intervals, which need 3 patients" in footnote(table)
+    assert "interval over" not in footnote(table)
 
 
 def test_differences_and_p_values_agree_with_scipy(rows):
@@ -182,6 +247,21 @@ def test_differences_and_p_values_agree_with_scipy(rows):
         assert line["difference"] == pytest.approx((pairs["ours"] - pairs["average"]).mean())
         assert line["p"] == stats.wilcoxon(pairs["ours"], pairs["average"]).pvalue
         assert line["low"] < line["difference"] < line["high"]
+
+
+def test_slices_are_paired_but_patients_are_tested():
+    """Three slices of a, two of b and c, one of d: mean differences 2, -1, 3 and 4 of a patient."""
+    difference = np.array([1.0, 2, 3, -2, 0, 2, 4, 4])
+    base = np.random.default_rng(0).normal(20, 5, 8)
+    made = rows_of("ours", base + difference, patients=OF_FOUR)
+    [line] = paired_differences(made + rows_of("average", base, patients=OF_FOUR), "ours").to_dict(
+        "records"
+    )
+    assert line["difference"] == pytest.approx(14 / 8) and line["n"] == 4
+    assert line["p"] == pytest.approx(stats.wilcoxon([2, -1, 3, 4]).pvalue) == 0.25
+    # of 16 ways to sign ranks 1 to 4, four are as uneven as 1 against 9
+    expected = bootstrap_interval(difference, patients=OF_FOUR)
+    assert (line["low"], line["high"]) == pytest.approx(expected)
 
 
 def test_holm_agrees_with_a_table_worked_by_hand():
@@ -219,6 +299,34 @@ def test_markdown_has_a_block_a_score_with_the_best_in_bold(rows):
     assert f"**{best:.1f}**" in lines[2]
     assert sum(line.startswith("| ---") for line in lines) == 2  # whole SSIM has no rows
     assert lines[-1] == footnote(headline(rows))
+
+
+def test_one_amplitude_is_printed_as_methods_by_scores(rows):
+    table = headline([row for row in rows if row["misregistration_mm"] == 2])
+    lines = to_markdown(table).splitlines()
+    assert lines[0] == "| method | Bone PSNR (dB) | Brain SSIM |"
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["ours", "average"]
+    for line, method in zip(lines[2:4], ("ours", "average"), strict=True):
+        for text, score in zip(line.split("|")[2:4], HEADLINE_SCORES, strict=False):
+            assert score_cells(table, *score)[method][0].mean in text
+    assert lines[-1].endswith("The CT was moved by 2 mm.")
+    still = headline([row for row in rows if row["misregistration_mm"] == 0])
+    assert footnote(still).endswith("The CT was not moved.")
+    assert "The CT was" not in footnote(headline(rows))
+
+
+def test_one_method_is_printed_as_scores_by_amplitudes(rows):
+    table = headline([row for row in rows if row["method"] == "ours"])
+    lines = to_markdown(table).splitlines()
+    assert lines[0] == "| ours | 0 mm | 2 mm |"
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["Bone PSNR (dB)", "Brain SSIM"]
+    assert score_cells(table, "brain", "ssim")["ours"][1].mean in lines[3].split("|")[3]
+
+
+def test_a_score_that_no_method_defines_is_no_headline():
+    made = rows_of("ours", [20.0, 21.0]) + rows_of("ours", [math.nan] * 2, "whole", "ssim")
+    table = headline(made)
+    assert headline_scores(table) == [("bone", "psnr")] and "none undefined" in footnote(table)
 
 
 def test_markdown_of_any_frame_keeps_its_index_and_escapes_bars():
