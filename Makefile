@@ -16,7 +16,7 @@ NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --jaxtyping-packages=clinfuse,beartype.beartype \
 	--numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: help install demo test test-all lint types clean
+.PHONY: help install demo test test-all smoke lint types clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -50,6 +50,9 @@ test: $(INSTALLED)  ## run the tests that need neither patience nor a GPU
 
 test-all: $(INSTALLED)  ## run every test, the slow and the GPU ones too
 	$(PYTEST)
+
+smoke: $(INSTALLED)  ## train every method a few steps and fuse: volumes, grey and coloured slices
+	$(PY) experiments/smoke/run.py runs/smoke
 
 lint: $(INSTALLED)  ## check style, formatting and the layers
 	$(BIN)/ruff check --output-format=concise

@@ -28,6 +28,13 @@ class FusionMethod(LightningModule):
     steps: int = 0
     """Network evaluations per sample; 0 for a rule."""
 
+    sampling_version: int = 1
+    """Raise when the same weights and settings give other samples: what was calibrated on those of
+    before then no longer holds."""
+
+    needs_reference: bool = False
+    """Whether ``training_step`` compares with ``batch.reference``."""
+
     @abstractmethod
     def fuse(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
         """The fused volumes, in model space [-1, 1], on the MRI's grid."""

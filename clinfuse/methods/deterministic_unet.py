@@ -10,7 +10,12 @@ from clinfuse.functional.intensity import leaky_clamp
 from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.methods.base import FusionMethod, Optim, Stage, staged_optimizer
-from clinfuse.methods.objective import clean_roi_loss, reference_of
+from clinfuse.methods.objective import (
+    clean_pair_of,
+    clean_roi_loss,
+    lost_of_sources,
+    reference_of,
+)
 from clinfuse.networks.fusion_unet import FusionUNet
 from clinfuse.types import FusionBatch
 
@@ -27,12 +32,15 @@ class DeterministicUNet(FusionMethod):
         loss: L_ROI of Eq. 2.
         roi_weight: lambda_roi of Eq. 3.
         reference_loss: against the reference, over the whole volume.
+        kept_weight: of what F loses of the clean sources (``objective.lost_of_sources``).
+        visual: weight of VIF in that.
         optimizer: built but for its parameters.
         warmup_steps: of the learning rate.
         lesion_head: frozen network from F to lesion probability; None turns gamma off.
     """
 
     steps = 1
+    needs_reference = True
 
     def __init__(
         self,
@@ -43,8 +51,11 @@ class DeterministicUNet(FusionMethod):
         optimizer: Optim,
         warmup_steps: int = 50,
         lesion_head: nn.Module | None = None,
+        kept_weight: float = 0.0,
+        visual: float = 0.15,
     ) -> None:
         super().__init__()
+        self.kept_weight, self.visual = kept_weight, visual
         self.network = network(state_channels=0, out_channels=1)
         self.loss, self.lesion_head = loss, lesion_head
         self.roi_weight, self.reference_loss = roi_weight, reference_loss
@@ -62,7 +73,11 @@ class DeterministicUNet(FusionMethod):
         error = self.reference_loss(fused, reference_of(batch), batch.spacing_mm).mean()
         roi = clean_roi_loss(self.loss, fused, batch, self.lesion_head).mean()
         total = error + self.roi_weight * roi
-        losses = {"loss": total, "reference": error, "roi": roi}
+        losses = {"reference": error, "roi": roi}
+        if self.kept_weight:
+            losses["kept"] = lost_of_sources(fused, *clean_pair_of(batch)[:2], self.visual).mean()
+            total = total + self.kept_weight * losses["kept"]
+        losses["loss"] = total
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch),

@@ -34,7 +34,14 @@ from clinfuse.methods.base import (
     staged_optimizer,
     step_generator,
 )
-from clinfuse.methods.objective import clean_pair_of, clean_roi_loss, reference_of, roi_loss, within
+from clinfuse.methods.objective import (
+    clean_pair_of,
+    clean_roi_loss,
+    lost_of_sources,
+    reference_of,
+    roi_loss,
+    within,
+)
 from clinfuse.networks.fusion_unet import Condition, FusionUNet
 from clinfuse.networks.registered_blend import Anchor, NoAnchor, RegisteredBlend
 from clinfuse.networks.rigid_registration import (
@@ -79,6 +86,10 @@ class Guidance:
             The paper's are, for it diffuses F; the residual's own leave F where the model is sure
             of it (s is small). What a source shows is to be had everywhere; what a lesion head
             would like to see, only where the model leaves it open.
+        kept: beside Eq. 2, strength of a pull to where F keeps more of both sources as they were
+            given: their gradients (Qabf) and ``visual`` times their information (VIF), over the
+            whole image and in steps of F. For pairs without regions; 0 leaves it out.
+        visual: weight of VIF in that.
     """
 
     eta: float
@@ -93,6 +104,8 @@ class Guidance:
     tolerance_mm: float = 0.0
     by_region: bool = True
     image_steps: Sequence[bool] = (True, True, False)
+    kept: float = 0.0
+    visual: float = 0.15
 
     def __post_init__(self) -> None:
         if len(self.image_steps) != len(ROI_NAMES):
@@ -108,10 +121,15 @@ class LossWeights:
     Attributes:
         roi: lambda_roi of Eq. 3.
         scale: the anchor's Laplace likelihood, which trains s(c) alone.
+        kept: what the anchor's mean loses of the clean sources' gradients and, weighed by
+            ``visual``, of their information (``objective.lost_of_sources``).
+        visual: weight of VIF in that.
     """
 
     roi: float
     scale: float
+    kept: float = 0.0
+    visual: float = 0.15
 
 
 class RoiDiffusion(FusionMethod):
@@ -148,6 +166,9 @@ class RoiDiffusion(FusionMethod):
         lesion_head: frozen network from F to lesion probability; None turns gamma off.
         seed: of the noise, in training and in sampling.
     """
+
+    needs_reference = True
+    sampling_version = 2
 
     def __init__(
         self,
@@ -287,7 +308,14 @@ class RoiDiffusion(FusionMethod):
         )
 
         image_scale = repeated(anchor.scale, self.members)
-        units = [image_scale if in_image else 1.0 for in_image in settings.image_steps]
+        given_mri, given_ct = (repeated(source, seen) for source in (batch.mri, batch.ct))
+        weights: list[float] = [1.0]
+        units: list[Tensor | float] = [1.0]
+        if settings.by_region:
+            weights = list(self.guidance_loss.weights)
+            units = [image_scale if in_image else 1.0 for in_image in settings.image_steps]
+        if settings.kept:
+            weights, units = [*weights, settings.kept], [*units, image_scale]
 
         head: Callable[[Tensor], Tensor] | None = None
         if self.lesion_head is not None:
@@ -300,7 +328,11 @@ class RoiDiffusion(FusionMethod):
             terms = roi_loss(
                 self.guidance_loss, fused, mri, ct, roi, spacing_mm, distance_mm, lesion_head
             )
-            return terms.by_region if settings.by_region else (terms.total,)
+            parts = terms.by_region if settings.by_region else (terms.total,)
+            if settings.kept:
+                lost = lost_of_sources(fused, given_mri, given_ct, settings.visual)
+                parts = (*parts, lost)
+            return parts
 
         return roi_guide(
             partial(loss, lesion_head=head),
@@ -315,8 +347,8 @@ class RoiDiffusion(FusionMethod):
             early_loss=partial(loss, lesion_head=None),
             early_until=settings.lesion_start,
             of_mean=settings.of_mean,
-            weights=self.guidance_loss.weights if settings.by_region else None,
-            units=units if settings.by_region else None,
+            weights=weights if len(weights) > 1 else None,
+            units=units,
             centred=self.centred and self.members > 1,
         )
 
@@ -362,6 +394,9 @@ class RoiDiffusion(FusionMethod):
             "roi": clean_roi_loss(self.loss, anchor.mean, batch, self.lesion_head).mean(),
             "scale": scale_loss(error.detach(), anchor.scale),
         }
+        if self.weights.kept:
+            lost = lost_of_sources(anchor.mean, *clean_pair_of(batch)[:2], self.weights.visual)
+            losses["kept"] = lost.mean()
         weights = {"reference": 1.0, **vars(self.weights)}
         losses["loss"] = sum(
             (weights[name] * value for name, value in losses.items()), 0 * error.sum()

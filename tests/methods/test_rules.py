@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from clinfuse.functional.sobel import gradient_magnitude
 from clinfuse.methods.rules import MaskComposite, Maximum, Weighted
 from clinfuse.types import FusionBatch
 
@@ -61,3 +62,35 @@ def test_on_perfect_registration_mask_composite_has_no_error_in_brain_and_bone(p
     assert torch.equal(composite.fuse(still)[brain], still.clean_mri[brain])
     assert torch.equal(composite.fuse(still)[bone], still.clean_ct[bone])
     assert (composite.fuse(moved)[bone] - moved.clean_ct[bone]).square().mean() > 0.05
+
+
+@pytest.mark.parametrize("shape", [(33, 27), (7, 17, 21)])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "average", "weighted", "maximum", "mask_composite", "laplacian_pyramid",
+        "laplacian_energy", "wavelet",
+    ],
+)  # fmt: skip
+def test_every_rule_fuses_slices_and_volumes_of_odd_sizes_within_model_space(
+    option, shape, phantoms
+):
+    method = phantoms.method(option)
+    mri, ct = 2 * torch.rand(2, 2, 1, *shape) - 1
+    roi = torch.rand(2, 3, *shape) > 0.5
+    fused = method.fuse(FusionBatch(mri, ct, roi, torch.ones(2, len(shape)), ["a", "b"]))
+    assert not method.is_trainable and fused.shape == mri.shape
+    assert fused.abs().max() <= 1 and fused.std() > 0.1
+
+
+def test_multi_scale_rules_keep_more_of_both_gradients_than_the_average(phantoms):
+    batch = phantoms.batch(0.0)
+    mri, ct, _ = batch.truth()
+    batch.mri, batch.ct = mri, ct
+    steeper = gradient_magnitude(mri).maximum(gradient_magnitude(ct))
+    options = ("average", "laplacian_pyramid", "laplacian_energy", "wavelet")
+    lost = {
+        option: (gradient_magnitude(phantoms.method(option).fuse(batch)) - steeper).abs().mean()
+        for option in options
+    }
+    assert all(lost[option] < 0.8 * lost["average"] for option in options[1:]), lost

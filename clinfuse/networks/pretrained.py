@@ -1,0 +1,77 @@
+"""Weights that come as a file: read without running anything in it, checked before they load."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+NAMED = 3
+"""How many weights a message names; it counts the rest."""
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a file of weights by their names.
+
+    A state dict as torch saves it, by itself or as ``state_dict`` among other things, as in a
+    checkpoint of Lightning's. The prefix ``module.``, which parallel training leaves, is dropped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of tensors, or one that would have to be run to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of weights, found nothing at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling may fail in any way
+        raise ValueError(
+            f"expected readable weights, got {type(error).__name__}: {path}"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"expected tensors by name, got {type(content).__name__}: {path}")
+    if not all(isinstance(weight, Tensor) for weight in content.values()):
+        others = [str(name) for name, weight in content.items() if not isinstance(weight, Tensor)]
+        raise ValueError(f"expected tensors by name, got {_listed(others)} among them: {path}")
+    return {str(name).removeprefix("module."): weight for name, weight in content.items()}
+
+
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], expected: str, path: Path | str
+) -> None:
+    """Copy weights into a module that has all of them and no others, of the same shapes.
+
+    How many batches a batch norm has seen may be missing: old files do not have it.
+
+    Args:
+        expected: what the weights should be of, for the message.
+        path: where they are from, for the message.
+
+    Raises:
+        ValueError: weights of another architecture; the module is left as it was.
+    """
+    ours = module.state_dict()
+    needed = [name for name in ours if not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in weights]
+    unexpected = [name for name in weights if name not in ours]
+    misshapen = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
+        for name in ours
+        if name in weights and weights[name].shape != ours[name].shape
+    ]
+    problems = [
+        f"{word} {_listed(names)}"
+        for word, names in (("no", missing), ("too many:", unexpected), ("shapes:", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"expected weights of {expected}, got {'; '.join(problems)}: {path}")
+    module.load_state_dict({**ours, **weights})
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

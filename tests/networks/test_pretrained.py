@@ -1,0 +1,103 @@
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from clinfuse.networks.pretrained import load_weights, read_weights
+
+
+def network(features=3):
+    return nn.Sequential(nn.Conv2d(1, features, 3), nn.BatchNorm2d(features))
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"epoch": 3, "state_dict": s}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_state_dict_is_read_by_itself_or_from_a_checkpoint(wrap, prefix, tmp_path):
+    weights = network().state_dict()
+    content = wrap({prefix + name: weight for name, weight in weights.items()})
+    found = read_weights(saved(tmp_path / "weights.pth", content))
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_a_file_of_before_torch_s_zip_format_is_read_too(tmp_path):
+    weights = network().state_dict()
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    found = read_weights(tmp_path / "old.pth")
+    assert torch.equal(found["0.weight"], weights["0.weight"])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a file of weights, .* at .*gone\.pth"):
+        read_weights(tmp_path / "gone.pth")
+
+
+class Program:
+    """Something that pickles as a call."""
+
+    def __reduce__(self):
+        return print, ("this must not be run",)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b"not weights at all"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(pickle.dumps({"0.weight": Program()})),
+        lambda path: torch.save(network(), path),
+    ],
+    ids=["text", "empty", "pickled program", "whole module"],
+)
+def test_an_unreadable_file_gives_one_sentence_and_is_not_run(write, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    write(path)
+    with pytest.raises(ValueError, match=r"expected readable weights, got \w+: .*weights\.pth"):
+        read_weights(path)
+    assert "must not be run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (torch.zeros(3), "Tensor"),
+        ({}, "dict"),
+        ({"0.weight": torch.zeros(1), "seed": 3}, "seed among them"),
+    ],
+    ids=["tensor", "empty", "number"],
+)
+def test_a_file_of_something_else_than_tensors_by_name_is_refused(content, got, tmp_path):
+    path = saved(tmp_path / "weights.pth", content)
+    with pytest.raises(ValueError, match=f"expected tensors by name, got {got}: .*weights.pth"):
+        read_weights(path)
+
+
+def test_weights_arrive_whether_or_not_the_batches_of_a_norm_were_counted(tmp_path):
+    one, other = network(), network()
+    weights = one.state_dict()
+    del weights["1.num_batches_tracked"]
+    load_weights(other, weights, "a network", tmp_path)
+    assert torch.equal(other[0].weight, one[0].weight)
+
+
+def test_another_architecture_is_named_by_what_is_missing_too_much_and_of_another_shape(tmp_path):
+    weights = network(features=4).state_dict()
+    del weights["1.weight"], weights["1.bias"]
+    weights |= {f"{layer}.weight": torch.zeros(1) for layer in range(2, 7)}
+    ours = network()
+    before = ours[0].weight.clone()
+    with pytest.raises(ValueError) as refused:
+        load_weights(ours, weights, "a network", tmp_path / "weights.pth")
+    assert str(refused.value) == (
+        "expected weights of a network, got no 1.weight, 1.bias; "
+        "too many: 2.weight, 3.weight, 4.weight and 2 more; "
+        "shapes: 0.weight (4, 1, 3, 3) for (3, 1, 3, 3), 0.bias (4,) for (3,), "
+        f"1.running_mean (4,) for (3,) and 1 more: {tmp_path / 'weights.pth'}"
+    )
+    assert torch.equal(ours[0].weight, before)
