@@ -163,10 +163,13 @@ class CaseRecorder(Callback):
         )
         if isinstance(batch, SliceBatch):
             if amplitude_mm == min(data.misregistration_mm):
-                self._take_pictures(batch, fused)
+                self._take_pictures(batch, fused, pl_module.fused_chroma(batch))
         elif self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer):
             self._take_reliability(batch, fused, spread, roi)
         for index, (case_id, case_scores) in enumerate(zip(batch.case_id, scores, strict=True)):
+            if case_id in pl_module.adaptation_seconds:
+                seconds = pl_module.adaptation_seconds[case_id]
+                case_scores.append(("whole", "adaptation_seconds", seconds))
             self.rows += case_rows(
                 case_scores,
                 case_id=case_id,
@@ -244,11 +247,16 @@ class CaseRecorder(Callback):
             for kind, std in stds.items():
                 kinds[kind].update(std, error, roi[:, channel : channel + 1])
 
-    def _take_pictures(self, batch: SliceBatch, fused: Float[Tensor, "b 1 h w"]) -> None:
+    def _take_pictures(
+        self,
+        batch: SliceBatch,
+        fused: Float[Tensor, "b 1 h w"],
+        chroma: Float[Tensor, "b 2 h w"] | None,
+    ) -> None:
         folder = self._fused_folder()
         for index, case_id in enumerate(batch.case_id):
-            chroma = None if batch.chroma is None else batch.chroma[index]
-            write_colour(folder / f"{case_id}.png", fused[index], chroma)
+            colour = None if chroma is None else chroma[index]
+            write_colour(folder / f"{case_id}.png", fused[index], colour)
             if self.method == self.pictures_of and len(self.pairs) < self.pictures:
                 self.pairs.append(pair_pictures(batch, index, fused, f"{self.method}: {case_id}"))
 

@@ -3,8 +3,9 @@
 import math
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from clinfuse.types import FusionBatch
+from clinfuse.types import FusionBatch, SliceBatch
 
 
 class FusionMethod(LightningModule):
@@ -32,6 +33,9 @@ class FusionMethod(LightningModule):
     """Raise when the same weights and settings give other samples: what was calibrated on those of
     before then no longer holds."""
 
+    adaptation_seconds: Mapping[str, float] = MappingProxyType({})
+    """By case, what adapting to it cost when it was fused last; empty where nothing adapts."""
+
     needs_reference: bool = False
     """Whether ``training_step`` compares with ``batch.reference``."""
 
@@ -45,6 +49,10 @@ class FusionMethod(LightningModule):
         A deterministic method has one draw.
         """
         return self.fuse(batch)[None]
+
+    def fused_chroma(self, batch: SliceBatch) -> Float[Tensor, "b 2 *dhw"] | None:
+        """Cb and Cr that go with ``fuse``: the second source's, unless a method makes its own."""
+        return batch.chroma
 
     def model_draws(self, batch: FusionBatch) -> Float[Tensor, "m k b 1 *dhw"]:
         """``ensemble`` by each of M models that the training could as well have ended with.

@@ -166,6 +166,10 @@ class DiffFccf(FusionMethod):
         luma, chroma = self._pictures(batch).mean(0).clamp(-1, 1).tensor_split([1], 1)
         return torch.cat([luma, chroma / 2], 1)
 
+    def fused_chroma(self, batch: SliceBatch) -> Float[Tensor, "b 2 *dhw"] | None:
+        """The chroma of ``fuse_colour``; None for a pair that is grey by its kind."""
+        return None if batch.chroma is None else self.fuse_colour(batch)[:, 1:]
+
     def ensemble(self, batch: FusionBatch) -> Float[Tensor, "k b 1 *dhw"]:
         """Lumas of ``members`` samples, their noise drawn per case."""
         return self._pictures(batch)[:, :, :1]

@@ -86,7 +86,6 @@ class TttFusion(FusionMethod):
         self.adaptation_seconds = {}
 
     adaptation_seconds: dict[str, float]
-    """What adapting to a case cost when it was fused last."""
 
     def fuse(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
         """Each case fused by the weights adapted to it, whatever is fused beside it or before."""

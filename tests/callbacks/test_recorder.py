@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import lightning
 import numpy as np
 import pandas as pd
@@ -352,3 +354,28 @@ def test_slices_are_written_once_at_the_smallest_amplitude_and_runs_of_one_metho
     assert visible.shape == infrared.shape == (12, 16, 3)
     assert (visible == (200, 100, 0)).all()  # all of it, unmoved
     assert ((infrared @ (0.299, 0.587, 0.114)).round() == 80).all()
+
+
+class Reversing(Weighted):
+    """Makes a colour of its own, and says what adapting cost."""
+
+    adaptation_seconds: ClassVar = {"a": 2.5}
+
+    def fused_chroma(self, batch):
+        return -batch.chroma
+
+
+def test_a_method_with_colour_and_costs_of_its_own_is_recorded_with_them(tmp_path):
+    for folder, colour in (("vi", (200, 100, 0)), ("ir", (80, 80, 80))):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        Image.new("RGB", (16, 12), colour).save(tmp_path / "set" / folder / "a.png")
+    data = PairedSlices(tmp_path / "set", "vis_ir", splits={"test": ["a"]})
+    recorder = recorder_in(tmp_path)
+    scored({"reversing": Reversing(0.0), "weighted": Weighted(0.0)}, recorder, data)
+    own, given = (
+        np.asarray(Image.open(tmp_path / "fused" / name / "a.png")).astype(float)[0, 0]
+        for name in ("reversing", "weighted")
+    )
+    assert given[0] > given[2] and own[0] < own[2]  # red became blue
+    seconds = [row for row in recorder.rows if row["metric"] == "adaptation_seconds"]
+    assert [(row["method"], row["value"]) for row in seconds] == [("reversing", 2.5)]

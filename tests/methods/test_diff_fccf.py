@@ -89,13 +89,6 @@ def heads_of(cases, seed, shape=(48, 48), shift_mm=4.0, turn_rad=0.05, direction
     )
 
 
-def hue_off_deg(chroma, truth):
-    """Angle between two chromas where both have a colour."""
-    cross = chroma[:, 0] * truth[:, 1] - chroma[:, 1] * truth[:, 0]
-    angle = torch.rad2deg(torch.atan2(cross, (chroma * truth).sum(1))).abs()
-    return angle[(truth.norm(dim=1) > 0.1) & (chroma.norm(dim=1) > 0.05)]
-
-
 # Inference.
 
 
@@ -301,50 +294,3 @@ def test_it_takes_a_volume_of_odd_size_that_came_without_truth(phantoms):
 def test_settings_that_leave_a_stage_or_a_term_out_are_refused(phantoms, override, expected):
     with pytest.raises(InstantiationException, match=expected):
         phantoms.method("diff_fccf", override)
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A model after some minutes' worth of a laptop: 250 batches of eight random heads."""
-    model = method(noise_std=0.2)
-    optimizer = torch.optim.AdamW(model.network.parameters(), lr=3e-3)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 250, pct_start=0.2)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(250):
-        terms = model.terms(heads_of(8, 1000 + step), generator)
-        optimizer.zero_grad()
-        sum(BASE[name] * term for name, term in terms.items()).backward()
-        torch.nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-    return model.eval()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("direction", [(1.0, 0.0), (0.0, -1.0), (-0.6, 0.8)])
-def test_the_deformation_takes_away_half_of_the_error_of_a_shift_by_three_pixels(
-    trained, direction
-):
-    batch = heads_of(8, 1, shift_mm=3.0, turn_rad=0.0, direction=direction)
-    where = batch.clean_ct > AIR
-    left = misplaced(trained.displacement_mm(batch), batch, where).sqrt()
-    assert left < 1.5
-
-
-@pytest.mark.slow
-def test_it_keeps_the_hue_of_the_functional_source(trained):
-    batch = heads_of(8, 1, shift_mm=3.0, turn_rad=0.0)
-    off = hue_off_deg(trained.fuse_colour(batch)[:, 1:], clean_pair(batch)[1][:, 1:])
-    assert len(off) > 1000 and off.median() < 5
-
-
-@pytest.mark.slow
-def test_it_takes_noise_out(trained):
-    still = heads_of(8, 1, shift_mm=0.0, turn_rad=0.0)
-    noisy = heads_of(8, 1, shift_mm=0.0, turn_rad=0.0)
-    generator = torch.Generator().manual_seed(0)
-    for source in (noisy.mri, noisy.ct):
-        source += 0.2 * torch.randn(source.shape, generator=generator)
-    clean, seen = trained.fuse(still), trained.fuse(noisy)
-    added = (noisy.mri - still.mri).square().mean() / 2  # what an average would have of it
-    assert (seen - clean).square().mean() < 0.6 * added
