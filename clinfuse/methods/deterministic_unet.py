@@ -7,13 +7,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clinfuse.functional.intensity import leaky_clamp
+from clinfuse.losses.fidelity_of_gradients import SourceFidelity
 from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.methods.base import FusionMethod, Optim, Stage, staged_optimizer
 from clinfuse.methods.objective import (
     clean_pair_of,
     clean_roi_loss,
-    lost_of_sources,
     reference_of,
 )
 from clinfuse.networks.fusion_unet import FusionUNet
@@ -32,8 +32,8 @@ class DeterministicUNet(FusionMethod):
         loss: L_ROI of Eq. 2.
         roi_weight: lambda_roi of Eq. 3.
         reference_loss: against the reference, over the whole volume.
-        kept_weight: of what F loses of the clean sources (``objective.lost_of_sources``).
-        visual: weight of VIF in that.
+        kept_weight: of what F loses of the clean sources (``SourceFidelity``).
+        information: weight of VIF beside Qabf in that.
         optimizer: built but for its parameters.
         warmup_steps: of the learning rate.
         lesion_head: frozen network from F to lesion probability; None turns gamma off.
@@ -52,10 +52,10 @@ class DeterministicUNet(FusionMethod):
         warmup_steps: int = 50,
         lesion_head: nn.Module | None = None,
         kept_weight: float = 0.0,
-        visual: float = 0.15,
+        information: float = 0.3,
     ) -> None:
         super().__init__()
-        self.kept_weight, self.visual = kept_weight, visual
+        self.kept_weight, self.kept_loss = kept_weight, SourceFidelity(1.0, information)
         self.network = network(state_channels=0, out_channels=1)
         self.loss, self.lesion_head = loss, lesion_head
         self.roi_weight, self.reference_loss = roi_weight, reference_loss
@@ -75,7 +75,7 @@ class DeterministicUNet(FusionMethod):
         total = error + self.roi_weight * roi
         losses = {"reference": error, "roi": roi}
         if self.kept_weight:
-            losses["kept"] = lost_of_sources(fused, *clean_pair_of(batch)[:2], self.visual).mean()
+            losses["kept"] = self.kept_loss(fused, *clean_pair_of(batch)[:2]).mean()
             total = total + self.kept_weight * losses["kept"]
         losses["loss"] = total
         self.log_dict(

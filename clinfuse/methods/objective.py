@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from clinfuse.functional.most_kept import kept_of_sources
 from clinfuse.functional.spacing import SpacingMm
 from clinfuse.losses.roi import ClinicalRoiLoss, RoiLossTerms
 from clinfuse.types import FusionBatch
@@ -82,21 +81,6 @@ def clean_roi_loss(
         head = within(lesion_head, roi[:, 0:1] | roi[:, 2:3])
     known = (mri, ct, roi, batch.spacing_mm, batch.lesion_distance_mm)
     return roi_loss(loss, fused, *known, head).total
-
-
-_MOST_KEPT = 2.0
-"""More than Qabf and the usual share of VIF come to: a loss is not negative."""
-
-
-def lost_of_sources(
-    fused: Float[Tensor, "b 1 *dhw"],
-    mri: Float[Tensor, "b 1 *dhw"],
-    ct: Float[Tensor, "b 1 *dhw"],
-    visual: float,
-) -> Float[Tensor, " b"]:
-    """What F does not keep of its sources' gradients and information, in full precision."""
-    with torch.autocast(fused.device.type, enabled=False):
-        return _MOST_KEPT - kept_of_sources(fused.float(), mri, ct, visual)
 
 
 def reference_of(batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:

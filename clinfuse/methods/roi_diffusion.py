@@ -23,6 +23,7 @@ from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.spacing import shared_spacing
 from clinfuse.losses.denoising import denoising_loss
 from clinfuse.losses.diffusion import diffusion_loss, noise_level_weight
+from clinfuse.losses.fidelity_of_gradients import SourceFidelity
 from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.losses.uncertainty import gaussian_nll, laplace_nll
@@ -37,7 +38,6 @@ from clinfuse.methods.base import (
 from clinfuse.methods.objective import (
     clean_pair_of,
     clean_roi_loss,
-    lost_of_sources,
     reference_of,
     roi_loss,
     within,
@@ -86,10 +86,10 @@ class Guidance:
             The paper's are, for it diffuses F; the residual's own leave F where the model is sure
             of it (s is small). What a source shows is to be had everywhere; what a lesion head
             would like to see, only where the model leaves it open.
-        kept: beside Eq. 2, strength of a pull to where F keeps more of both sources as they were
-            given: their gradients (Qabf) and ``visual`` times their information (VIF), over the
-            whole image and in steps of F. For pairs without regions; 0 leaves it out.
-        visual: weight of VIF in that.
+        kept: beside Eq. 2, strength of a pull to where F loses less of both sources as they were
+            given (``SourceFidelity``), over the whole image and in steps of F. For pairs without
+            regions; 0 leaves it out.
+        information: weight of VIF beside Qabf in that.
     """
 
     eta: float
@@ -105,7 +105,7 @@ class Guidance:
     by_region: bool = True
     image_steps: Sequence[bool] = (True, True, False)
     kept: float = 0.0
-    visual: float = 0.15
+    information: float = 0.3
 
     def __post_init__(self) -> None:
         if len(self.image_steps) != len(ROI_NAMES):
@@ -121,15 +121,14 @@ class LossWeights:
     Attributes:
         roi: lambda_roi of Eq. 3.
         scale: the anchor's Laplace likelihood, which trains s(c) alone.
-        kept: what the anchor's mean loses of the clean sources' gradients and, weighed by
-            ``visual``, of their information (``objective.lost_of_sources``).
-        visual: weight of VIF in that.
+        kept: what the anchor's mean loses of the clean sources (``SourceFidelity``).
+        information: weight of VIF beside Qabf in that.
     """
 
     roi: float
     scale: float
     kept: float = 0.0
-    visual: float = 0.15
+    information: float = 0.3
 
 
 class RoiDiffusion(FusionMethod):
@@ -309,6 +308,7 @@ class RoiDiffusion(FusionMethod):
 
         image_scale = repeated(anchor.scale, self.members)
         given_mri, given_ct = (repeated(source, seen) for source in (batch.mri, batch.ct))
+        lost = SourceFidelity(1.0, settings.information)
         weights: list[float] = [1.0]
         units: list[Tensor | float] = [1.0]
         if settings.by_region:
@@ -330,8 +330,7 @@ class RoiDiffusion(FusionMethod):
             )
             parts = terms.by_region if settings.by_region else (terms.total,)
             if settings.kept:
-                lost = lost_of_sources(fused, given_mri, given_ct, settings.visual)
-                parts = (*parts, lost)
+                parts = (*parts, lost(fused, given_mri, given_ct))
             return parts
 
         return roi_guide(
@@ -395,8 +394,8 @@ class RoiDiffusion(FusionMethod):
             "scale": scale_loss(error.detach(), anchor.scale),
         }
         if self.weights.kept:
-            lost = lost_of_sources(anchor.mean, *clean_pair_of(batch)[:2], self.weights.visual)
-            losses["kept"] = lost.mean()
+            lost = SourceFidelity(1.0, self.weights.information)
+            losses["kept"] = lost(anchor.mean, *clean_pair_of(batch)[:2]).mean()
         weights = {"reference": 1.0, **vars(self.weights)}
         losses["loss"] = sum(
             (weights[name] * value for name, value in losses.items()), 0 * error.sum()

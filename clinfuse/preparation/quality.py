@@ -157,7 +157,7 @@ def quality(
     way = sitk.Transform(3, sitk.sitkIdentity)
     if registration is not None:
         way = registration.transform
-        found += [(registration.verdict, sentence) for sentence in registration.reasons]
+        found += registration.quality.findings()
         facts |= _registration_facts(registration.facts())
     if ct is not None:
         found += _ct_findings(study)

@@ -94,15 +94,16 @@ class Quality:
     @property
     def verdict(self) -> Verdict:
         """The worst of what there is to say."""
-        found = [verdict for verdict, _ in self._findings()]
+        found = [verdict for verdict, _ in self.findings()]
         return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """A sentence for everything that is not as it should be."""
-        return tuple(sentence for _, sentence in self._findings())
+        """The sentences of ``findings``."""
+        return tuple(sentence for _, sentence in self.findings())
 
-    def _findings(self) -> list[tuple[Verdict, str]]:
+    def findings(self) -> list[tuple[Verdict, str]]:
+        """A sentence for everything that is not as it should be, and how bad that is by itself."""
         said: list[tuple[Verdict | None, str]] = [
             (
                 _above(self.disagreement_mm,

@@ -79,11 +79,12 @@ def references(
     part = [level[PART][0, 0].double().numpy() for level in levels]
     sys.path.insert(0, "tests/functional")
     fmi, qabf = (importlib.import_module(f"test_{name}") for name in ("fmi", "qabf"))
-    spec = importlib.util.find_spec("piq")
-    assert spec is not None, "expected piq to be installed: pip install --no-deps piq"
-    package = ModuleType("piq")  # its own __init__ wants torchvision
-    package.__path__ = list(spec.submodule_search_locations or ())
-    sys.modules["piq"] = package
+    if "piq" not in sys.modules:
+        spec = importlib.util.find_spec("piq")
+        assert spec is not None, "expected piq to be installed: pip install --no-deps piq"
+        package = ModuleType("piq")  # its own __init__ wants torchvision
+        package.__path__ = list(spec.submodule_search_locations or ())
+        sys.modules["piq"] = package
     piq_vif = importlib.import_module("piq.vif").vif_p
     share = part[0].size / levels[0].numel()
     return {

@@ -1,5 +1,6 @@
 import torch
 
+from clinfuse.losses.fidelity_of_gradients import SourceFidelity
 from clinfuse.methods.objective import clean_roi_loss
 
 
@@ -49,3 +50,18 @@ def test_a_few_steps_on_one_case_lower_its_loss(phantoms):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_is_lost_of_the_clean_sources_counts_where_it_is_weighed(phantoms):
+    batch = phantoms.batch(4.0)
+
+    def loss(weight):
+        asked = (f"objective.kept={weight}", "objective.information=0.0")
+        method = phantoms.method("deterministic_unet", *asked)
+        method.log_dict = lambda *_, **__: None  # there is no trainer to log to
+        with torch.no_grad():
+            return method.training_step(batch, 0), method._regress(batch)
+
+    (without, fused), (weighed, _) = loss(0.0), loss(2.0)
+    lost = SourceFidelity(1.0, 0.0)(fused, batch.clean_mri, batch.clean_ct).mean()
+    torch.testing.assert_close(weighed, without + 2 * lost)

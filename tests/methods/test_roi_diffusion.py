@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clinfuse.data.paired_volumes import collate_batches
 from clinfuse.functional.calibration import total_variance
-from clinfuse.functional.most_kept import kept_of_sources
 from clinfuse.functional.surface import signed_distance_mm
+from clinfuse.losses.fidelity_of_gradients import SourceFidelity
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.methods import roi_diffusion
 from clinfuse.methods.objective import roi_loss
@@ -922,13 +922,14 @@ def test_the_error_scale_is_learned_as_a_standard_deviation_and_few_stray_voxels
 
 
 def test_guidance_to_keep_both_sources_raises_what_it_is_paid_by(phantoms):
-    def kept(strength):
-        method = phantoms.method("clinfuse", f"guidance.kept={strength}", members=2, steps=6).eval()
+    def lost(strength):
+        keep = (f"guidance.kept={strength}", "guidance.information=0.0")  # too small for VIF
+        method = phantoms.method("clinfuse", *keep, members=2, steps=6).eval()
         method.guidance_loss = ClinicalRoiLoss(0.0, 0.0, 0.0)
         method.guidance = replace(method.guidance, eta_u=0.0, kappa=None)
         batch = phantoms.batch(0.0, case=7)
         method.anchor = Between()
-        return kept_of_sources(method.fuse(batch), batch.mri, batch.ct, method.guidance.visual)
+        return SourceFidelity(1.0, 0.0)(method.fuse(batch), batch.mri, batch.ct)
 
-    without, little, more = (float(kept(strength)) for strength in (0.0, 0.2, 1.0))
-    assert without + 0.01 < little < more - 0.01
+    without, little, more = (float(lost(strength)) for strength in (0.0, 0.2, 1.0))
+    assert without - 0.01 > little > more + 0.01
