@@ -204,8 +204,8 @@ def test_the_report_has_a_table_of_how_visible_findings_are_where_any_can_be_jud
         if row["case_id"] == "case_007" and row["roi"] == "lesion":
             row["value"] = 0.4321
     text = recorder.write().read_text("utf-8")
-    assert "Conspicuity of findings" in text and "lesion on MRI" in text and "0.432" in text
-    assert "only on CT" not in text
+    assert "Conspicuity of findings" in text and "Lesion on MRI, n = 1" in text and "0.43" in text
+    assert "Only on CT" not in text
 
 
 def test_the_lesion_score_is_of_what_the_head_sees_in_the_fused_volume(tmp_path, data):

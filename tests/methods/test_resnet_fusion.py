@@ -14,7 +14,7 @@ from clinfuse.losses.perceptual import perceptual_distance
 from clinfuse.types import SliceBatch
 
 SMALL = (
-    "+resnet_width=4", "method.network.encoder.layers=[1,1,1,1]",
+    "resnet_width=4", "method.network.encoder.layers=[1,1,1,1]",
     "+method.network.widths=[4,4,8,8,12,12]",
 )  # fmt: skip
 """A bottleneck a stage, a sixteenth as wide as ResNet-50's."""
