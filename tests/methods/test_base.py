@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from clinfuse.configuration import CONFIG_PATH
+from clinfuse.configuration import CONFIG_PATH, build_method
 from clinfuse.methods.base import (
     FusionMethod,
     Stage,
@@ -48,6 +48,35 @@ def test_every_method_trains_a_step_and_fuses(option, phantoms):
     assert fused.isfinite().all()
     assert fused.min() >= -1 and fused.max() <= 1
     assert fused.std() > 0
+
+
+@pytest.mark.parametrize("kind", ["ct_mri", "spect_mri"])
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o not in NOT_FUSING])
+def test_every_method_trains_a_step_on_slices_of_odd_size_and_fuses_grey_and_colour(
+    option, kind, phantoms
+):
+    cfg = phantoms.config(
+        "experiment=smoke", f"method={option}", "data=phantom_slices",
+        f"phantom_slices.kind={kind}", "phantom_slices.patients=4", "phantom_slices.slices=1",
+        "phantom_slices.shape=[45,43]", "data.reference.steps=2",
+    )  # fmt: skip
+    data, method = instantiate(cfg.data, _convert_="all"), build_method(cfg)
+    data.prepare_data()
+    if method.is_trainable:
+        trainer = instantiate(
+            cfg.trainer, max_steps=1, limit_val_batches=0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, _convert_="all",
+        )  # fmt: skip
+        trainer.fit(method, datamodule=data)
+    batch = next(iter(data.test_dataloader()[0]))
+    with torch.no_grad():
+        fused = method.eval().fuse(batch)
+        chroma = method.fused_chroma(batch)
+    assert fused.shape == batch.mri.shape == (1, 1, 45, 43)
+    assert fused.isfinite().all() and fused.abs().max() <= 1 and fused.std() > 0
+    assert (chroma is None) == (kind == "ct_mri")
+    if chroma is not None:
+        assert chroma.shape == (1, 2, 45, 43) and chroma.abs().max() > 0.05
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o not in NOT_FUSING])
