@@ -28,8 +28,10 @@ from clinfuse.reporting.html import write_report
 from clinfuse.reporting.rows import case_rows, write_rows
 from clinfuse.reporting.tables import (
     CALIBRATION_SCORES,
+    KEPT_SCORES,
     conspicuity_table,
     headline,
+    headline_scores,
     print_table,
     score_label,
 )
@@ -45,7 +47,7 @@ RELIABILITY_TEXT = (
 )
 
 PAIRS_TEXT = (
-    "The first pairs tested: the source fused as MRI, the one fused as CT, and the fused picture: "
+    "Some pairs tested: the source fused as MRI, the one fused as CT, and the fused picture: "
     "its luma is the method's, its hue the second source's. The folder fused has all of them."
 )
 
@@ -164,6 +166,10 @@ class CaseRecorder(Callback):
         if isinstance(batch, SliceBatch):
             if amplitude_mm == min(data.misregistration_mm):
                 self._take_pictures(batch, fused, pl_module.fused_chroma(batch))
+                if self.method == self.pictures_of and batch_idx in self._shown_pairs(trainer):
+                    self.pairs.append(
+                        pair_pictures(batch, 0, fused, f"{self.method}: {batch.case_id[0]}")
+                    )
         elif self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer):
             self._take_reliability(batch, fused, spread, roi)
         for index, (case_id, case_scores) in enumerate(zip(batch.case_id, scores, strict=True)):
@@ -201,8 +207,12 @@ class CaseRecorder(Callback):
         """Put rows, figures and the report into the folder; returns the report's path."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_rows(self.folder / "cases.csv", self.rows)
-        table = headline(self.rows)
-        tables, charts = {"Fusion quality under misregistration": table}, self._charts()
+        table, kept = headline(self.rows), headline(self.rows, KEPT_SCORES)
+        tables, charts = {}, self._charts()
+        if headline_scores(table):
+            tables["Fusion quality under misregistration"] = table
+        if headline_scores(kept):
+            tables["What is kept of both sources"] = kept
         if any(row["metric"] == "coverage" for row in self.rows):
             of = " and ".join(f"{100 * level:g}%" for level in sorted(self.levels))
             name = f"Calibration of the uncertainty: intervals of {of} coverage"
@@ -222,6 +232,8 @@ class CaseRecorder(Callback):
             self.pictures_of,
             shown,
         )
+        if not headline_scores(table):
+            table = headline(self.rows, KEPT_SCORES[:5])  # what a terminal has room for
         print_table(table, self.title)
         return report
 
@@ -257,8 +269,11 @@ class CaseRecorder(Callback):
         for index, case_id in enumerate(batch.case_id):
             colour = None if chroma is None else chroma[index]
             write_colour(folder / f"{case_id}.png", fused[index], colour)
-            if self.method == self.pictures_of and len(self.pairs) < self.pictures:
-                self.pairs.append(pair_pictures(batch, index, fused, f"{self.method}: {case_id}"))
+
+    def _shown_pairs(self, trainer: Trainer) -> set[int]:
+        """Batches whose pair the report shows, spread over all: neighbours are of one patient."""
+        tested = len(trainer.datamodule.splits["test"])  # type: ignore[attr-defined]
+        return {round(at) for at in np.linspace(0, tested - 1, min(self.pictures, tested))}
 
     def _fused_folder(self) -> Path:
         """The method's own; runs of one method under several presets or seeds are told apart."""

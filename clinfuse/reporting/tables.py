@@ -34,6 +34,12 @@ CALIBRATION_SCORES = (
 )
 """What a reader asks of an uncertainty: do intervals hold, is its size right, is its order."""
 
+KEPT_SCORES = tuple(
+    ("whole", metric)
+    for metric in ("qabf", "vif", "ssim_sources", "mi", "scd", "fmi_pixel", "sf", "ag", "sd", "en")
+)
+"""What the fusion field asks of a picture: how much it keeps of both sources, how much it shows."""
+
 NEITHER_IS_BETTER = frozenset({"coverage"})
 """Metrics with an aim of their own, of which none is best: coverage should be the level."""
 
@@ -79,6 +85,9 @@ _NAMES = {
     "dice": "Dice",
     "ence_raw": "ENCE before calibration",
     "conspicuity_min": "lowest conspicuity",
+    "qabf": "Qabf",
+    "ssim_sources": "SSIM to both sources",
+    "fmi_pixel": "FMI of pixels",
 }
 
 
@@ -315,11 +324,11 @@ def score_columns(table: pd.DataFrame, roi: str, metric: str) -> pd.DataFrame:
 
 
 def score_label(roi: str, metric: str) -> str:
-    """A score as a reader expects it: ``Bone PSNR (dB)``."""
+    """A score as a reader expects it: ``Bone PSNR (dB)``; of pictures, ``Qabf`` alone."""
     unit = f" ({_UNITS[metric]})" if metric in _UNITS else ""
     name = metric.upper() if len(metric) <= 4 or metric == "hd95" else metric.replace("_", " ")
     name = _NAMES.get(metric, name)
-    return f"{roi.capitalize()} {name}{unit}"
+    return f"{name}{unit}" if (roi, metric) in KEPT_SCORES else f"{roi.capitalize()} {name}{unit}"
 
 
 def score_cells(table: pd.DataFrame, roi: str, metric: str) -> dict[str, list[Cell]]:

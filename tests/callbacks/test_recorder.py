@@ -379,3 +379,18 @@ def test_a_method_with_colour_and_costs_of_its_own_is_recorded_with_them(tmp_pat
     assert given[0] > given[2] and own[0] < own[2]  # red became blue
     seconds = [row for row in recorder.rows if row["metric"] == "adaptation_seconds"]
     assert [(row["method"], row["value"]) for row in seconds] == [("reversing", 2.5)]
+
+
+def test_pictures_without_regions_are_reported_by_what_they_keep_of_both_sources(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for folder in ("vi", "ir"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        pixels = generator.integers(0, 255, (24, 24), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "set" / folder / "a.png")
+    data = PairedSlices(tmp_path / "set", "vis_ir", splits={"test": ["a"]})
+    recorder = recorder_in(tmp_path)
+    scored({"average": Weighted(0.5), "infrared": Weighted(1.0)}, recorder, data)
+    text = recorder.write().read_text("utf-8")
+    assert "What is kept of both sources" in text and "Qabf" in text and "Whole Qabf" not in text
+    assert "Fusion quality under misregistration" not in text
+    assert "Qabf" in capsys.readouterr().out
