@@ -38,7 +38,9 @@ def unpack(archive: Path, to: Path) -> Path:
             with tarfile.open(archive) as members:
                 for member in members:
                     _check_member(member.name, member.isfile() or member.isdir(), archive)
-                members.extractall(partial, filter="data")
+                if hasattr(tarfile, "data_filter"):  # not in Python 3.11.0 to 3.11.3
+                    members.extraction_filter = tarfile.data_filter
+                members.extractall(partial)
         else:
             raise ValueError(f"expected a zip or tar archive, got something else: {archive}")
         partial.replace(to)
