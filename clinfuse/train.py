@@ -9,6 +9,7 @@ import hydra
 import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
 
 from clinfuse.callbacks.calibration import CalibrationFit, read_calibration
@@ -66,6 +67,8 @@ def main(cfg: DictConfig) -> float | None:
     data.write_splits(folder / "splits.json")
     if method.is_trainable:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        cost = training_cost(trainer)
+        (folder / "cost.json").write_text(json.dumps(cost, indent=1) + "\n")
     objective = trainer.callback_metrics.get(cfg.objective_metric)
     add_draws(method, folder / "checkpoints")
     calibration = calibrated(cfg, method, data, folder)
@@ -78,6 +81,23 @@ def main(cfg: DictConfig) -> float | None:
         if (folder / "report.html").exists():
             print(f"report: {folder / 'report.html'}")
     return None if objective is None else float(objective)
+
+
+def training_cost(trainer: Any) -> dict[str, int | float]:
+    """What a finished training cost: its steps, its seconds without validation, the weights.
+
+    Seconds are those of all sessions of a run that was interrupted, and need the callback Timer.
+    """
+    parameters = list(trainer.lightning_module.parameters())
+    cost: dict[str, int | float] = {
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "training_steps": trainer.global_step,
+    }
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer):
+            cost["training_seconds"] = round(callback.time_elapsed("train"), 1)
+    return cost
 
 
 def calibrated(cfg: DictConfig, method: Any, data: Any, folder: Path) -> Calibration | None:

@@ -84,6 +84,10 @@ def test_a_run_leaves_everything_that_it_takes_to_repeat_and_to_judge_it(smoke_r
     assert rows[~of_findings]["value"].notna().all()
 
     facts = json.loads((smoke_run / "facts.json").read_text())
+    cost = json.loads((smoke_run / "cost.json").read_text())
+    assert cost["training_steps"] == 12 and cost["training_seconds"] > 0
+    assert cost["parameters"] >= cost["trained_parameters"] > 10_000
+
     assert facts["seed"] == 0 and facts["data"]["cases"] == {"train": 6, "val": 1, "test": 1}
     assert facts["data"]["splits"] == read_splits(smoke_run)
 
@@ -139,6 +143,7 @@ def test_a_run_killed_in_an_epoch_and_resumed_ends_as_if_nothing_had_happened(
     assert repeated.items() <= losses(smoke_run).items()
     assert (folder / ".hydra" / "config.yaml").read_bytes() == configuration
     assert (folder / ".hydra_resumed" / "overrides.yaml").is_file()
+    assert json.loads((folder / "cost.json").read_text())["training_steps"] == 12
 
 
 def test_a_finished_run_can_be_resumed_for_more_epochs_but_not_as_another_method(

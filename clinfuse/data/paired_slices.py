@@ -25,7 +25,15 @@ from clinfuse.data.jitter import (
     move_mask,
 )
 from clinfuse.data.paired_volumes import Draw, DrawSampler, collate_batches
-from clinfuse.data.slices import Pair, Slice, find_pairs, kind_named, patients_of, read_pair
+from clinfuse.data.slices import (
+    SMALLEST,
+    Pair,
+    Slice,
+    find_pairs,
+    kind_named,
+    patients_of,
+    read_pair,
+)
 from clinfuse.data.splits import (
     SPLITS,
     Splits,
@@ -198,7 +206,8 @@ class PairedSlices(lightning.LightningDataModule):
     """A set of 2-D pairs, split by patient and never by slice.
 
     Args:
-        root: the set's folder, or the one around it (``data.slices.find_pairs``).
+        root: the set's folder, or the one around it (``data.slices.find_pairs``); a number where
+            YAML takes its name for one.
         kind: of ``data.slices.KINDS``: ct_mri, pet_mri, spect_mri, gfp_pc or vis_ir.
         batch_size: of training; evaluation takes one pair at a time.
         draws_per_epoch: training items in an epoch; default one for each training pair.
@@ -226,12 +235,13 @@ class PairedSlices(lightning.LightningDataModule):
             numbers are too good; it is here to place them, and says so.
 
     Raises:
-        ValueError: for another ``split``, or ``community`` with lists of one's own.
+        ValueError: for another ``split``, or ``community`` with lists of one's own; for lists, a
+            patch or numbers that cannot be.
     """
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | int,
         kind: str,
         batch_size: int = 1,
         draws_per_epoch: int | None = None,
@@ -243,7 +253,7 @@ class PairedSlices(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 42,
         misregistration_seed: int = 0,
-        splits: Mapping[str, Sequence[str | int]] | None = None,
+        splits: Mapping[str, Any] | None = None,
         splits_file: Path | str | None = None,
         prepare: Callable[[Path], Any] | None = None,
         split: str = "patient",
@@ -255,9 +265,10 @@ class PairedSlices(lightning.LightningDataModule):
             raise ValueError(f"expected split=patient or split=community, got {split!r}")
         if split == "community" and (splits is not None or splits_file is not None):
             raise ValueError("expected split=community without splits or splits_file, got both")
+        _check_numbers(batch_size, draws_per_epoch, patch_shape, misregistration_mm)
         self.prepare, self.split, self.reference = prepare, split, reference
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.root, self.kind, self.pair_kind = Path(root), kind, kind_named(kind)
+        self.root, self.kind, self.pair_kind = Path(str(root)), kind, kind_named(kind)
         self.batch_size, self.draws_per_epoch = batch_size, draws_per_epoch
         self.jitter, self.patch_shape = jitter, patch_shape
         self.misregistration_mm = tuple(misregistration_mm)
@@ -265,7 +276,8 @@ class PairedSlices(lightning.LightningDataModule):
         self.misregistration_deg_per_mm = misregistration_deg_per_mm
         self.misregistration_seed = misregistration_seed
         self.num_workers, self.seed = num_workers, seed
-        self._asked_splits, self._asked_file = splits, splits_file
+        self._asked_splits = None if splits is None else _lists(splits)
+        self._asked_file = splits_file
         self._pairs: dict[str, Pair] | None = None
         self._splits: Splits | None = None
         self._splits_source = ""
@@ -298,13 +310,18 @@ class PairedSlices(lightning.LightningDataModule):
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for split in needed.get(stage or "", SPLITS):
             self.slices(split)
+        if stage == "test":
+            self._some("test")
 
     def slices(self, split: str) -> list[Slice]:
         """The pairs of one of train, val and test, read on first use and then kept in memory."""
         return [self._slice(name) for name in self.splits[split]]
 
     def train_dataloader(self) -> DataLoader:
-        slices = self._with_references(self._some("train"))
+        slices = self._some("train")
+        if self.batch_size > 1 and self.patch_shape is None:
+            self._check_sizes(slices)
+        slices = self._with_references(slices)
         return DataLoader(
             TrainingSlices(slices, self.jitter, self.patch_shape),
             batch_size=self.batch_size,
@@ -366,11 +383,15 @@ class PairedSlices(lightning.LightningDataModule):
         path = None
         if self.cache_dir is not None:
             sources = b"".join(source.numpy().tobytes() for source in (pair.mri, pair.ct))
-            key = hashlib.sha256(repr(self.reference).encode() + sources).hexdigest()[:24]
+            what = f"{self.reference!r} {tuple(pair.mri.shape)}".encode()
+            key = hashlib.sha256(what + sources).hexdigest()[:24]
             path = self.cache_dir / "references" / f"{key}.npy"
             if path.is_file():
-                return torch.from_numpy(np.load(path))
-        reference = self.reference(pair.mri[None], pair.ct[None])[0]
+                return _kept(path)
+        try:
+            reference = self.reference(pair.mri[None], pair.ct[None])[0]
+        except ValueError as error:
+            raise ValueError(f"{error}: {self.pairs[pair.case_id].mri}") from error
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.npy")
@@ -380,11 +401,27 @@ class PairedSlices(lightning.LightningDataModule):
 
     def _some(self, split: str) -> list[Slice]:
         if not self.splits[split]:
+            patients = len(set(self.patients.values()))
             raise ValueError(
-                f"expected pairs to {split} with, got none of {len(self.pairs)} "
+                f"expected pairs to {split} with, got none of {len(self.pairs)} of {patients} "
+                f"{'patient' if patients == 1 else 'patients'} "
                 f"(splits: {self._splits_source}): {self.root}"
             )
         return self.slices(split)
+
+    def _check_sizes(self, slices: Sequence[Slice]) -> None:
+        """Refuse pictures that do not make a batch, before it is up to chance which meet."""
+        first = slices[0]
+        for other in slices:
+            if other.mri.shape != first.mri.shape:
+                sizes = " and ".join(
+                    f"{tuple(s.mri.shape[:0:-1])} in {self.pairs[s.case_id].mri}"
+                    for s in (first, other)
+                )
+                raise ValueError(
+                    f"expected pictures of one size (w, h) in batches of {self.batch_size} without "
+                    f"a patch_shape, got {sizes}"
+                )
 
     def _misregistered(self, slices: Sequence[Slice], amplitude_mm: float | int) -> DataLoader:
         amplitude_deg = amplitude_mm * self.misregistration_deg_per_mm
@@ -434,7 +471,7 @@ class PairedSlices(lightning.LightningDataModule):
         )  # fmt: skip
         return {pair.name: pair.case for pair in pairs}
 
-    def _stated(self) -> tuple[Mapping[str, Sequence[str | int]] | None, str]:
+    def _stated(self) -> tuple[Mapping[str, Sequence[str]] | None, str]:
         """The lists of the configuration, of a file or of the folders; and where they are from."""
         if self._asked_splits is not None:
             return self._asked_splits, "the configuration"
@@ -467,14 +504,14 @@ class PairedSlices(lightning.LightningDataModule):
                     f"for {split}: {folder}"
                 )
 
-    def _names(self, entries: Sequence[str | int], source: str) -> list[str]:
+    def _names(self, entries: Sequence[str], source: str) -> list[str]:
         """Pairs by their name, by either file's name, or all of a patient's."""
         known: dict[str, list[str]] = {EVERYTHING: list(self.pairs)}
         for name, pair in self.pairs.items():
             known.setdefault(pair.case, []).append(name)
         for name, pair in self.pairs.items():
             known |= {key: [name] for key in (name, pair.mri.name, pair.ct.name)}
-        asked = [Path(str(entry)).name for entry in entries]
+        asked = [Path(entry).name for entry in entries]
         if absent := sorted(set(asked) - set(known)):
             raise FileNotFoundError(
                 f"expected a pair or a patient for each entry of {source}, no {absent}: {self.root}"
@@ -487,6 +524,56 @@ _OUTSIDE = {
     "lesion_distance_mm": NO_SURFACE_MM,
 }
 """What lies beyond a picture's edge: black, and far from any lesion; no colour and no mask."""
+
+
+def _check_numbers(
+    batch_size: int,
+    draws_per_epoch: int | None,
+    patch_shape: Any,
+    misregistration_mm: Any,
+) -> None:
+    for name, number in (("batch_size", batch_size), ("draws_per_epoch", draws_per_epoch)):
+        if number is not None and not (isinstance(number, int) and number > 0):
+            raise ValueError(f"expected {name} of at least 1, got {number!r}")
+    is_shape = isinstance(patch_shape, Sequence) and len(patch_shape) == 2
+    if patch_shape is not None and not (
+        is_shape and all(isinstance(n, int) and n >= SMALLEST for n in patch_shape)
+    ):
+        raise ValueError(
+            f"expected a patch_shape (h, w) of at least {SMALLEST} pixels a side, got {patch_shape}"
+        )
+    are_amplitudes = isinstance(misregistration_mm, Sequence) and all(
+        isinstance(amplitude, float | int) and math.isfinite(amplitude)
+        for amplitude in misregistration_mm
+    )
+    if not are_amplitudes:
+        raise ValueError(
+            f"expected misregistration_mm to be a list of numbers, got {misregistration_mm!r}"
+        )
+
+
+def _lists(splits: Any) -> dict[str, list[str]]:
+    """Lists of the configuration, their entries as text; YAML may bring anything."""
+    if not isinstance(splits, Mapping) or not set(splits) <= set(SPLITS):
+        got = sorted(map(str, splits)) if isinstance(splits, Mapping) else splits
+        raise ValueError(f"expected splits of lists train, val and test, got {got}")
+    for split, entries in splits.items():
+        are_names = isinstance(entries, Sequence) and not isinstance(entries, str)
+        if not (are_names and all(isinstance(entry, str | int) for entry in entries)):
+            raise ValueError(
+                f"expected splits.{split} to be a list of names or patients, got {entries!r}"
+            )
+    return {split: [str(entry) for entry in entries] for split, entries in splits.items()}
+
+
+def _kept(path: Path) -> Float[Tensor, "1 h w"]:
+    try:
+        return torch.from_numpy(np.load(path))
+    except (ValueError, EOFError, OSError, TypeError) as error:
+        raise ValueError(
+            f"expected a reference as it was kept here, got {type(error).__name__}: {path} "
+            "(delete it, and it is made anew)"
+        ) from error
 
 
 def _in_plane(shift_mm: Float[Tensor, " 2"], degrees: float) -> Float[Tensor, "3 3"]:

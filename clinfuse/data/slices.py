@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from clinfuse.data.splits import SPLITS
@@ -32,6 +32,8 @@ HARVARD_MM = 0.9
 THICKNESS_MM = 5.0
 """Of a slice, also assumed: it turns areas of bone into volumes."""
 
+SMALLEST = 8
+"""Pixels a side of a picture, at least: below, windows and networks have nothing to look at."""
 
 GREY_LEVELS = 16.0
 """Cb and Cr, in levels of 255, up to which a picture passes for grey: JPEG leaves some."""
@@ -148,7 +150,8 @@ def find_pairs(root: Path | str, kind: PairKind) -> list[Pair]:
 
     The layouts read are ``SET/{CT,MRI}/NAME.png`` and ``SET/{train,val,test}/{CT,MRI}/NAME.png``
     with the folder names of the kind; ``root`` is SET or the folder around it. What has no partner
-    of its name, or one of another size, is left out and named in the log.
+    of its name, or one of another size, is left out and named in the log; so is one of train, val
+    and test that has one source alone.
 
     Raises:
         FileNotFoundError: no such folders, or no pair in them.
@@ -158,22 +161,30 @@ def find_pairs(root: Path | str, kind: PairKind) -> list[Pair]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"expected a folder of picture pairs, found no folder at {root}")
-    for folder in (root, *(root / name for name in kind.sets)):
+    folders = [root, *(root / name for name in kind.sets)]
+    for folder in folders:
         if (sources := _sources(folder, kind)) is not None:
             pairs = _pairs_of(*sources, kind, None)
             break
         parts = {split: _sources(folder / split, kind) for split in SPLITS}
         if any(parts.values()):
             found = [_pairs_of(*both, kind, split) for split, both in parts.items() if both]
+            alone = [path for split in SPLITS for path in _alone(folder / split, kind)]
+            _left_out("without a folder of the other source", alone, folder)
             pairs = _told_apart([pair for part in found for pair in part], kind)
             break
     else:
+        places = [place for f in folders for place in (f, *(f / split for split in SPLITS))]
+        names = [str(path.relative_to(root)) for place in places for path in _alone(place, kind)]
         raise FileNotFoundError(
             f"expected folders {'|'.join(kind.mri)} and {'|'.join(kind.ct)}, by themselves or in "
-            f"train, val and test, found none in {root}"
+            f"train, val and test, found {' and '.join(names) or 'none'} in {root}"
         )
     if not pairs:
-        raise FileNotFoundError(f"expected pairs of pictures with one name, found none in {folder}")
+        raise FileNotFoundError(
+            f"expected pairs of pictures ({', '.join(SUFFIXES)}) of one name and one size, found "
+            f"none in {folder}"
+        )
     return pairs
 
 
@@ -188,13 +199,18 @@ def read_pair(pair: Pair, kind: PairKind) -> Slice:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file cannot be read, the two differ in size, or a source that is grey by its
-            kind has colour: the folders may be exchanged.
+        ValueError: a file cannot be read, the two differ in size or are too small, or a source that
+            is grey by its kind has colour: the folders may be exchanged.
     """
     mri, ct = (rgb_to_ycbcr(read_picture(path)[None])[0] for path in (pair.mri, pair.ct))
     if mri.shape != ct.shape:
         sizes = [f"{tuple(p.shape[:0:-1])} in {f}" for p, f in ((mri, pair.mri), (ct, pair.ct))]
         raise ValueError(f"expected two pictures of one size (w, h), got {' and '.join(sizes)}")
+    if min(mri.shape[1:]) < SMALLEST:
+        raise ValueError(
+            f"expected pictures of at least {SMALLEST} pixels a side, got "
+            f"{tuple(mri.shape[:0:-1])} (w, h): {pair.mri}"
+        )
     for picture, path, is_grey in ((mri, pair.mri, True), (ct, pair.ct, not kind.is_colour)):
         levels = 255 * float(picture[1:].abs().max())
         if is_grey and levels > GREY_LEVELS:
@@ -217,7 +233,8 @@ def read_picture(path: Path | str) -> Float[Tensor, "3 h w"]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a picture, truncated, not of 8 bits a channel, or partly transparent.
+        ValueError: not a picture, several in one file, truncated, not of 8 bits a channel, or
+            partly transparent.
     """
     with _opened(Path(path)) as image:
         how = [str(tile.args) for tile in image.tile]  # Pillow reads 16-bit colour as mode RGB
@@ -225,11 +242,14 @@ def read_picture(path: Path | str) -> Float[Tensor, "3 h w"]:
             got = f"mode {image.mode}" + (f" stored as {how[0]}" if how else "")
             raise ValueError(f"expected 8 bits a channel, got {got}: {path}")
         try:
+            pictures = getattr(image, "n_frames", 1)
             rgba = np.asarray(image.convert("RGBA"))
         except _UNREADABLE as error:
             raise ValueError(
                 f"expected a whole picture, got a damaged one ({error}): {path}"
             ) from error
+    if pictures > 1:
+        raise ValueError(f"expected one picture in a file, got {pictures}: {path}")
     if rgba[..., 3].min() < 255:
         raise ValueError(f"expected an opaque picture, got transparent pixels: {path}")
     return torch.from_numpy(rgba[..., :3].transpose(2, 0, 1) / np.float32(255))
@@ -276,6 +296,13 @@ def _sources(folder: Path, kind: PairKind) -> tuple[Path, Path] | None:
         for names in (kind.mri, kind.ct)
     )
     return None if mri is None or ct is None else (mri, ct)
+
+
+def _alone(folder: Path, kind: PairKind) -> list[Path]:
+    """The folders of one source, where none of the other lies beside them."""
+    if _sources(folder, kind) is not None:
+        return []
+    return [folder / name for name in (*kind.mri, *kind.ct) if (folder / name).is_dir()]
 
 
 def _pairs_of(mri: Path, ct: Path, kind: PairKind, split: str | None) -> list[Pair]:
@@ -344,8 +371,12 @@ def _opened(path: Path) -> ImageFile.ImageFile:
         raise FileNotFoundError(f"expected a picture, found nothing at {path}")
     try:
         return Image.open(path)
-    except _UNREADABLE as error:
+    except UnidentifiedImageError as error:
         raise ValueError(f"expected a picture, got something unreadable: {path}") from error
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"expected a picture, got something unreadable ({error}): {path}"
+        ) from error
 
 
 def _size(path: Path) -> tuple[int, int]:

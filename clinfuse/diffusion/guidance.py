@@ -181,6 +181,53 @@ def roi_guide(
     return Guide(correction, needs_graph, start, end, refused)
 
 
+def walking_guide(
+    walk: Callable[[Tensor], Tensor],
+    members: int = 1,
+    start: float = 1.0,
+    end: float = 0.0,
+) -> Guide:
+    """A guide that takes the members' mean x0_hat to where a walk of many steps from it ends.
+
+    Backward universal guidance (Bansal et al. 2023, Algorithm 1): a minimisation over the clean
+    estimate by itself, none of whose steps asks the denoiser; for losses that one step of a
+    gradient hardly lowers. The members of a case move alike and keep their spread.
+
+    Args:
+        walk: maps the mean of every case, in units of x_0, to where it should be.
+        members: K, the ensemble members of a case side by side in the batch.
+        start: highest noise level 1 - alpha_bar_t that is guided.
+        end: lowest noise level that is guided.
+    """
+
+    def correction(x_t: Tensor, noise_level: float, x0_hat: Tensor) -> Tensor:
+        mean = ensemble_mean(x0_hat.detach(), members)
+        return (mean - walk(mean)).repeat_interleave(members, 0)
+
+    return Guide(correction, start=start, end=end)
+
+
+def together(guides: Sequence[Guide]) -> Guide:
+    """One guide whose correction is the sum of those that each makes at its own levels."""
+    refused: list[Tensor] = []
+
+    def correction(x_t: Tensor, noise_level: float, x0_hat: Tensor) -> Tensor:
+        total = torch.zeros_like(x_t)
+        for guide in guides:
+            total = total + guide(x_t, noise_level, x0_hat)
+            refused.extend(guide.refused)
+            guide.refused.clear()
+        return total
+
+    return Guide(
+        correction,
+        any(guide.needs_graph for guide in guides),
+        max(guide.start for guide in guides),
+        min(guide.end for guide in guides),
+        refused,
+    )
+
+
 def guided_estimate(
     denoise: Denoiser,
     x_t: Float[Tensor, "b c *dhw"],

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clinfuse.functional.eight_bit import case_sums, eight_bit_slices
@@ -67,130 +67,194 @@ def _fmi(feature: Callable[[Tensor], Tensor], *images: Tensor) -> Tensor:
     cases = len(images[0])
     ours, *sources = (windows(feature(eight_bit_slices(image))) for image in images)
     scores = torch.stack([window_scores(source, ours) for source in sources])
-    return case_sums(scores.mean(0), cases) * (cases / scores.shape[1])
+    return case_sums(scores.mean(0), cases) * (cases / scores[0].numel())
 
 
 @dataclass
 class Windows:
-    """Every 3 x 3 window as a column of nine features, column after column of the window.
+    """The 3 x 3 windows of pictures, each at the place of its first pixel in a row of all pixels.
+
+    Those that begin at a right or lower edge run on into what follows, and nobody is told of them.
 
     Attributes:
-        features: as they are.
-        least: of a window's features.
-        total: of what they are above the least.
-        is_varied: more than one feature is above the least.
+        feature: of every pixel.
+        excess: what a window's features are above their least, less what its largest is: above 0
+            where more than one feature is above the least.
     """
 
-    features: Float[Tensor, "l n"]
-    least: Float[Tensor, " n"]
-    total: Float[Tensor, " n"]
-    is_varied: Bool[Tensor, " n"]
+    feature: Float[Tensor, "s h w"]
+    excess: Float[Tensor, " n"]
 
-    def shares(self, some: Int[Tensor, " m"]) -> Float[Tensor, "l m"]:
-        """The features of some windows from the least up, as shares of a whole."""
-        above = self.features.index_select(1, some).sub_(self.least.index_select(0, some))
-        return above.div_(self.total.index_select(0, some))
+    def look_up(self, some: Int[Tensor, " m"], out: Float[Tensor, "l m"]) -> None:
+        """The features of some windows, column after column of the window."""
+        pixels, width = self.feature.flatten(), self.feature.shape[-1]
+        offsets = (y * width + x for x in range(WINDOW) for y in range(WINDOW))
+        for row, offset in zip(out, offsets, strict=True):
+            torch.index_select(pixels[offset:], 0, some, out=row)
 
 
 def windows(feature: Float[Tensor, "s h w"]) -> Windows:
-    """All windows that lie wholly inside."""
-    seen = feature.unfold(1, WINDOW, 1).unfold(2, WINDOW, 1)
-    features = rearrange(seen, "s h w y x -> (x y) (s h w)")
-    least = features.amin(0)
-    total = features.sum(0) - WINDOW**2 * least
-    return Windows(features, least, total, total > 1.00001 * (features.amax(0) - least))
+    """All windows of pictures."""
+    least = _over_windows(torch.minimum, feature)
+    span = _over_windows(torch.maximum, feature).sub_(least)
+    above = _over_windows(torch.add, feature).sub_(least, alpha=WINDOW**2)
+    return Windows(feature, above.sub_(span, alpha=1.00001))
 
 
-def window_scores(a: Windows, b: Windows) -> Float[Tensor, " n"]:
+def window_scores(a: Windows, b: Windows) -> Float[Tensor, "s h_inside w_inside"]:
     """Normalised mutual information of each window of ``a`` with that of ``b``.
 
     1 where they are equal, else 0 where one is flat, or has no more than one feature above its
     least.
     """
-    equal = (a.features - b.features).abs_().amax(0) == 0
-    scores = equal.to(a.features.dtype)
-    (others,) = (a.is_varied & b.is_varied & ~equal).nonzero(as_tuple=True)
-    for some in others.split(CHUNK):
-        scores.index_copy_(0, some, _information(a.shares(some), b.shares(some)))
-    return scores
+    difference = _over_windows(torch.maximum, (a.feature - b.feature).abs_())
+    is_compared = torch.minimum(torch.minimum(a.excess, b.excess), difference).clamp_(min=0).bool()
+    scores = torch.zeros_like(a.feature).flatten()
+    torch.sub(1, difference.sign_(), out=scores[: len(difference)])
+    for some in is_compared.nonzero()[:, 0].split(CHUNK):
+        room = scores.new_empty(2, WINDOW**2, 2, len(some))
+        a.look_up(some, out=room[0, :, 0])
+        b.look_up(some, out=room[0, :, 1])
+        scores.index_copy_(0, some, _information(room))
+    return scores.view_as(a.feature)[:, : 1 - WINDOW, : 1 - WINDOW]
 
 
-def _information(p: Tensor, q: Tensor) -> Tensor:
-    """2 I(p, q) / (H(p) + H(q)) of distributions (l, n) over l places."""
-    entropy = -(_sum_of(p, _log(p)) + _sum_of(q, _log(q)))
-    even = 1 / len(p)
-    spread = (_sum_of(p, p) - even) * (_sum_of(q, q) - even)
-    correlation = (_sum_of(p, q) - even) / spread.sqrt()
+def _over_windows(of_two: Callable[[Tensor, Tensor], Tensor], feature: Tensor) -> Tensor:
+    x = feature.flatten()
+    for step in (feature.shape[-1], 1):
+        x = of_two(of_two(x[: -2 * step], x[step:-step]), x[2 * step :])
+    return x
+
+
+def _information(room: Tensor) -> Tensor:
+    """2 I(p, q) / (H(p) + H(q)) of two windows' features (l, 2, n), as distributions over l places.
+
+    Memory, more than arithmetic, takes the time, so little of it is used, and all of it again.
+
+    Args:
+        room: the features, and as much memory again.
+    """
+    shares, spare = room
+    known = _known(len(shares), room.device)
+    shares.sub_(shares.amin(0))
+    torch.addcmul(known.tiny, shares, shares.sum(0).reciprocal_(), out=shares)
+    negative_entropy = torch.log(shares, out=spare).mul_(shares).sum((0, 1))
+    even = 1 / len(shares)
+    spread = (torch.square(shares, out=spare).sum(0) - even).prod(0)
+    p, q = shares.unbind(1)
+    covariance = torch.mul(p, q, out=spare[:, 0]).sum(0) - even
     # The lower Fréchet bound is the upper one of places counted backwards.
-    q = torch.lerp(q, q.flip(0), (correlation < 0).to(q.dtype))
-    places = torch.arange(len(p), dtype=p.dtype, device=p.device) - len(p) // 2
-    powers = torch.stack([places, places.square()])
-    (mean_p, square_p), (mean_q, square_q) = powers @ p, powers @ q
-    mass, product, distance = _upper_bound(p, q)
-    # Of places, E(ij) = (E(i^2) + E(j^2) - E((i - j)^2)) / 2.
-    shared = (square_p + square_q - _sum_of(mass, distance.square_())) / 2 - mean_p * mean_q
-    scale = ((square_p - mean_p.square()) * (square_q - mean_q.square())).sqrt()
-    phi = correlation.abs() * scale / shared.clamp(min=_ROUNDING)
-    # The joint distribution is (1 - phi) p q off the bound's path, and r times p q on it.
-    rest = 1 - phi
-    r = torch.addcmul(rest, phi, mass.div_(product.clamp_(min=1e-30)))
-    information = (1 - product.sum(0)) * rest * _log(rest) + _sum_of(product.mul_(r), _log(r))
-    return 2 * information / entropy
+    q.lerp_(q.flip(0), (covariance < 0).to(q.dtype))
+    mean, square = (known.moments @ shares.flatten(1)).unflatten(1, (2, -1))
+    cuts, product = _upper_bound(p, q, room)
+    # E(ij) = (E(i^2) + E(j^2) - E((i - j)^2)) / 2, and the distances of all pairs of cuts add up to
+    # E((i - j)^2) and twice those of pairs of p's and of q's, which are (l // 2)^2 - E(i^2).
+    distances = known.distances @ cuts[1:-2]
+    shared = 2 * (len(p) // 2) ** 2 - (square.sum(0) + distances) / 2 - mean.prod(0)
+    scale = ((square - mean.square()).prod(0) / spread).sqrt()
+    phi = covariance.abs() * scale / shared.clamp(min=_ROUNDING)
+    # The joint distribution is r p q, with r = 1 - phi off the bound's path.
+    r, twice_log = room.view(2, 2 * len(p), -1)
+    torch.sub(cuts[1:], cuts[:-1], out=r).div_(product.clamp_(min=_ROUNDING**2))
+    torch.addcmul(1 - phi, phi, r, out=r)
+    torch.addcmul(known.tiny, r, r, out=twice_log).log_()  # of r below 0 as the published code
+    return r.mul_(product).mul_(twice_log).sum(0) / -negative_entropy
 
 
-def _upper_bound(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+_ROUNDING = 1e-6
+
+
+def _upper_bound(p: Tensor, q: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     """The cells where the joint distribution of greatest correlation has mass, 2 l - 1 of them.
 
     It pairs the two in order: both distribution functions cut [0, 1] into pieces, and a piece is
     the mass of the one cell (i, j) whose steps of p and of q it lies in.
 
     Returns:
-        Mass of each cell, p_i q_j, and i - j.
+        The cuts from 0 to 1, one piece between each two, and 1 again, for all cells off the path
+            have no mass together; p_i q_j of each piece's cell, and of all cells off the path.
     """
-    length = len(p)
-    sums = torch.ones(length - 1, length, dtype=p.dtype, device=p.device).tril()
-    cuts, is_p = _merge(sums @ p, sums @ q)
-    mass = torch.empty(len(cuts) + 1, *cuts.shape[1:], dtype=p.dtype, device=p.device)
-    mass[0] = cuts[0]
-    torch.sub(cuts[1:], cuts[:-1], out=mass[1:-1])
-    torch.sub(1, cuts[-1], out=mass[-1])
-    before = torch.ones(len(mass), len(cuts), dtype=p.dtype, device=p.device).tril(-1)
-    i = before @ is_p
-    j = torch.arange(len(mass), dtype=p.dtype, device=p.device)[:, None] - i
-    product = p.gather(0, i.long()).mul_(q.gather(0, j.long()))
-    return mass.clamp_(min=0), product, i.sub_(j)
+    known = _known(len(p), p.device)
+    cuts = p.new_empty(2 * len(p) + 1, p.shape[1])
+    cuts[0], cuts[-2:] = 0, 1
+    rising, falling = cuts[1:-2].chunk(2)
+    torch.mm(known.sums, p, out=rising)
+    torch.mm(known.sums.flip(0), q, out=falling)
+    is_p = _merge(cuts[1:-2], room[1].flatten(0, 1)[: 2 * len(p) - 2])
+    # A piece lies between the last cut of p before it and the next one after it, p_i apart, and so
+    # for q. Where p's cuts are 1 higher, the least one after is q's and the largest one before p's;
+    # where they are 1 lower, the least one after is p's and the largest one before q's.
+    after = p.new_empty(2 * len(p), 2, p.shape[1])
+    torch.add(cuts[1:-2], is_p, out=after[:-2, 0])
+    torch.sub(cuts[1:-2], is_p, out=after[:-2, 1])
+    before = room.view(2 * len(p), 2, -1)[:-1]
+    before[0] = after[-2] = known.ends
+    lasts, nexts = before.unbind(0), after[:-1].unbind(0)
+    for cut, last, then in zip(nexts, lasts, lasts[1:], strict=False):
+        torch.maximum(last, cut, out=then)
+    for then, cut in pairwise(reversed(nexts)):
+        torch.minimum(then, cut, out=cut)
+    q_j, p_i = after[:-1].unbind(1)
+    q_j.sub_(before[:, 1])
+    p_i.sub_(before[:, 0]).add_(2)
+    torch.sub(1, p_i.mul_(q_j).sum(0), out=after[-1, 1])
+    return cuts, after[:, 1]
 
 
-def _merge(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of both in rising order, and 1 where they are of ``a``.
+def _merge(rows: Tensor, spare: Tensor) -> Tensor:
+    """Rows put in rising order, and 1 where they are of the first half, else 0.
 
-    Each has as many rows, a power of two, which rise; none is negative. Batcher (1968): a bitonic
-    merge, every column at once. Floating-point numbers that are not negative rise as their bits
-    read as integers do; the last bit says whose a row is.
+    The first half rises, the second falls, of 2, 8, 32 ... rows each, and none is negative. Batcher (1968): a bitonic merge, every column at once. Floating-point numbers that
+    are not negative rise as their bits read as integers do; the last bit says whose a row is.
     """
-    rows = torch.cat([a, b.flip(0)]).view(torch.int32).bitwise_and_(~1)
-    rows[: len(a)] += 1
-    buffer, stride = torch.empty_like(rows), len(a)
+    bits, other = rows.view(torch.int32), spare.view(torch.int32)
+    stride = len(rows) // 2
+    bits[:stride].bitwise_or_(1)
+    bits[stride:].bitwise_and_(~1)
     while stride:
-        pairs = len(a) // stride, 2, stride, *rows.shape[1:]
-        low, high = rows.view(pairs).unbind(1)
-        first, second = buffer.view(pairs).unbind(1)
+        pairs = len(rows) // (2 * stride), 2, stride, *rows.shape[1:]
+        low, high = bits.view(pairs).unbind(1)
+        first, second = other.view(pairs).unbind(1)
         torch.minimum(low, high, out=first)
         torch.maximum(low, high, out=second)
-        rows, buffer, stride = buffer, rows, stride // 2
-    return rows.view(torch.float32), (rows & 1).float()
+        bits, other, stride = other, bits, stride // 2
+    return torch.bitwise_and(bits, 1, out=other).mul_(_ONE).view(torch.float32)
 
 
-_ROUNDING = 1e-6
+_ONE = 0x3F800000
+"""1.0 in bits."""
 
 
-def _sum_of(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(0)
+@dataclass
+class _Known:
+    """What the distributions are multiplied by.
+
+    Attributes:
+        sums: taken of shares, the distribution function but for its end, which is 1.
+        moments: the mean place and the mean square, counted from the middle one.
+        distances: taken of cuts in rising order, the sum of the distances of all pairs.
+        ends: 0 and 1 as cuts of p and of q, a cut of p where p's are 1 higher and 1 lower.
+        tiny: has a logarithm, and so has its square.
+    """
+
+    sums: Tensor
+    moments: Tensor
+    distances: Tensor
+    ends: Tensor
+    tiny: Tensor
 
 
-def _log(x: Tensor) -> Tensor:
-    """log |x|, finite at 0; of what is below 0 as the published code has it."""
-    return x.abs().clamp_(min=1e-30).log_()
+@lru_cache
+def _known(length: int, device: torch.device) -> _Known:
+    places = torch.arange(length, dtype=torch.float32, device=device) - length // 2
+    ranks = torch.arange(2 * length - 2, dtype=torch.float32, device=device)
+    return _Known(
+        sums=torch.ones(length - 1, length, device=device).tril(),
+        moments=torch.stack([places, places.square()]),
+        distances=2 * ranks - (2 * length - 3),
+        ends=torch.tensor([[1.0], [0.0]], device=device),
+        tiny=torch.tensor(1e-18, device=device),
+    )
 
 
 def meyer_bands(slices: Float[Tensor, "s h w"]) -> Float[Tensor, "s h_bands w_bands"]:

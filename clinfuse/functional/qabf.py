@@ -80,15 +80,15 @@ def _preserved(strength: Tensor, orientation: Tensor) -> Tensor:
 def _sobel(slices: Tensor) -> tuple[Tensor, Tensor]:
     """Derivatives along h and w, times 8; beyond the border is 0."""
     x = F.pad(slices, (1, 1, 1, 1))
-    lines = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]
-    columns = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
+    lines = x[:, :-2].add(x[:, 1:-1], alpha=2).add_(x[:, 2:])
+    columns = x[..., :-2].add(x[..., 1:-1], alpha=2).add_(x[..., 2:])
     return columns[:, 2:] - columns[:, :-2], lines[..., 2:] - lines[..., :-2]
 
 
 def _orientation(along_h: Tensor, along_w: Tensor) -> Tensor:
     """In (-pi / 2, pi / 2]; pi / 2 where the gradient is vertical, or none."""
-    angle = torch.atan(along_h / along_w)
-    return torch.where(along_w == 0, math.pi / 2, angle)
+    slope = along_h / along_w
+    return torch.atan(slope.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=math.inf))
 
 
 def _length(*parts: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """Visual information fidelity of a fused image to its sources."""
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from clinfuse.functional.eight_bit import eight_bit_slices
-from clinfuse.functional.windows import gaussian_taps, windowed_mean
+from clinfuse.functional.eight_bit import case_sums, eight_bit_slices
+from clinfuse.functional.windows import gaussian_taps
 
 SIZES = (17, 9, 5, 3)
 """Windows of the four scales, in pixels, of a standard deviation of a fifth."""
@@ -29,8 +32,8 @@ def vif(
     as published fusion tables do; fusion that raises contrast can score above 2. Of a volume's
     slices together. NaN for slices smaller than ``SMALLEST``, and where a source is flat.
     """
-    pictures = torch.stack([eight_bit_slices(image) for image in (fused, mri, ct)])
-    return _fidelity(pictures - 127.5, len(fused))
+    pictures = [eight_bit_slices(image) - 127.5 for image in (fused, mri, ct)]
+    return _fidelity(pictures, len(fused))
 
 
 def visual_fidelity(
@@ -39,36 +42,77 @@ def visual_fidelity(
     ct: Float[Tensor, "b 1 *dhw"],
 ) -> Float[Tensor, " b"]:
     """VIF with a gradient: ``vif`` of what is not rounded to levels, in [-1, 1]."""
-    return _fidelity(127.5 * torch.stack([x.flatten(0, -3) for x in (fused, mri, ct)]), len(fused))
+    return _fidelity([127.5 * image.flatten(0, -3) for image in (fused, mri, ct)], len(fused))
 
 
-def _fidelity(pictures: Tensor, cases: int) -> Tensor:
-    """Of slices (3, s, h, w) in grey levels about their middle, which keeps squares exact."""
-    if min(pictures.shape[-2:]) < SMALLEST:
-        return pictures.new_full((cases,), torch.nan)
-    total = pictures.new_zeros(2, 2, cases)
+def _fidelity(pictures: list[Tensor], cases: int) -> Tensor:
+    """Of slices (s, h, w) in grey levels about their middle, which keeps squares exact."""
+    if min(pictures[0].shape[-2:]) < SMALLEST:
+        return pictures[0].new_full((cases,), torch.nan)
+    total = pictures[0].new_zeros(2, 2, cases)
     for scale, size in enumerate(SIZES):
         taps = gaussian_taps(size, size / 5)
         if scale > 0:
-            pictures = windowed_mean(pictures, taps)[..., ::2, ::2]
-        total = total + torch.stack(_information(pictures, taps, cases))
+            pictures = _windowed_means(pictures, taps, step=2)
+        total = total + _information(pictures, taps, cases)
     kept, there = total
     return torch.where(there > 0, kept / there.clamp(min=1e-30), torch.nan).sum(0)
 
 
-def _information(pictures: Tensor, taps: tuple[float, ...], cases: int) -> tuple[Tensor, Tensor]:
-    """What of either source (2, b) is seen through the fused image, and what in the source."""
-    products = torch.cat([pictures.square(), pictures[:1] * pictures[1:]])
-    means, squares = windowed_mean(torch.cat([pictures, products]), taps).split([3, 5])
-    variances = F.threshold(squares[:3] - means.square(), _ROUNDING, 0.0)
-    ours, theirs = variances[:1], variances[1:]
-    covariance = (squares[3:] - means[:1] * means[1:]).clamp(min=0)  # inverted is not seen
-    gain = covariance / theirs.clamp(min=_ROUNDING)
-    rest = (ours - gain * covariance).clamp(min=0)
-    kept = (gain.square() * theirs / (rest + NOISE)).log1p()
-    there = (theirs / NOISE).log1p()
-    return kept.reshape(2, cases, -1).sum(2), there.reshape(2, cases, -1).sum(2)
+def _information(pictures: list[Tensor], taps: tuple[float, ...], cases: int) -> Tensor:
+    """What of either source is seen through the fused image, and what in the source: (2, 2, b)."""
+    fused, mri, ct = pictures
+    products = [fused * mri, fused * ct, *(picture.square() for picture in pictures)]
+    means = _windowed_means([*pictures, *products], taps)
+    (mean, *others), covariances, (square, *squares) = means[:3], means[3:5], means[5:]
+    ours = _variance(mean, square)
+    kept, there = [], []
+    for other, product, square in zip(others, covariances, squares, strict=True):
+        theirs = _variance(other, square)
+        covariance = (product - mean * other).clamp(min=0)  # inverted is not seen
+        gain = covariance / theirs.clamp(min=_ROUNDING)
+        rest = (ours - gain * covariance).clamp(min=0)
+        kept.append(case_sums((gain.square() * theirs / (rest + NOISE)).log1p(), cases))
+        there.append(case_sums((theirs / NOISE).log1p(), cases))
+    return torch.stack([*kept, *there]).view(2, 2, cases)
+
+
+def _variance(mean: Tensor, square: Tensor) -> Tensor:
+    return F.threshold(square - mean.square(), _ROUNDING, 0.0)
 
 
 _ROUNDING = 5e-3
 """Variances that single precision cannot tell from 0."""
+
+
+def _windowed_means(
+    pictures: list[Tensor], taps: tuple[float, ...], step: int = 1
+) -> list[Tensor]:
+    """``windowed_mean`` of each at every ``step``-th window, with h and w in each other's place."""
+    band = torch.from_numpy(_band(taps, step)).to(pictures[0])
+    if pictures[0].numel() < _SMALL:
+        return list(_banded(torch.stack(pictures), band, len(taps), step).unbind())
+    return [_banded(picture, band, len(taps), step) for picture in pictures]
+
+
+_SMALL = 40000
+
+
+def _banded(pictures, band, width, step) -> Tensor:
+    lines, size = band.shape
+    for _ in range(2):
+        count = (pictures.shape[-2] - width) // step + 1
+        blocks = -(-count // lines)
+        missing = (blocks - 1) * lines * step + size - pictures.shape[-2]
+        if missing > 0:
+            pictures = F.pad(pictures, (0, 0, 0, missing))
+        seen = pictures.unfold(-2, size, lines * step).mT
+        pictures = (band @ seen).flatten(-3, -2)[..., :count, :].mT
+    return pictures
+
+
+@lru_cache
+def _band(taps: tuple[float, ...], step: int, lines: int = 16) -> np.ndarray:
+    """The taps once in every line, each time ``step`` further to the right."""
+    size = (lines - 1) * step + len(taps)
+    return np.resize(np.pad(taps, (0, size + step - len(taps))), (lines, size))

@@ -6,7 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clinfuse.functional.vif import SMALLEST
 from clinfuse.losses.fidelity_of_gradients import SourceFidelity
+
+BLACK = -1 + 2 / 127.5
+"""Two grey levels above black: what neither source exceeds is not part of a picture."""
+
+MARGIN = 16
+"""Pixels of black around it that are climbed too: the reach of most of VIF's windows."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,8 @@ class MostKept:
 
     information: float = 0.3
     steps: int = 60
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
 
-    @torch.enable_grad()
     def __call__(
         self, mri: Float[Tensor, "b 1 *dhw"], ct: Float[Tensor, "b 1 *dhw"]
     ) -> Float[Tensor, "b 1 *dhw"]:
@@ -37,9 +43,32 @@ class MostKept:
         Raises:
             ValueError: if slices are too small for VIF, where that counts.
         """
-        mri, ct = mri.detach(), ct.detach()
+        return self.climbed(torch.maximum(mri, ct), mri, ct)
+
+    def climbed(
+        self,
+        start: Float[Tensor, "b 1 *dhw"],
+        mri: Float[Tensor, "b 1 *dhw"],
+        ct: Float[Tensor, "b 1 *dhw"],
+    ) -> Float[Tensor, "b 1 *dhw"]:
+        """Where the climb from another image than the brighter source ends, in [-1, 1].
+
+        Raises:
+            ValueError: if slices are too small for VIF, where that counts.
+        """
+        fused = start.detach().clamp(-1, 1).clone()
+        for case in range(len(fused)):
+            pair = mri[case : case + 1].detach(), ct[case : case + 1].detach()
+            rows, columns = content(torch.maximum(*pair))
+            mri_there, ct_there = (source[..., rows, columns] for source in pair)
+            there = fused[case : case + 1, ..., rows, columns]
+            there.copy_(self._climb(there.clone(), mri_there, ct_there))
+        return fused
+
+    @torch.enable_grad()
+    def _climb(self, fused: Tensor, mri: Tensor, ct: Tensor) -> Tensor:
         lost = SourceFidelity(1.0, self.information)
-        fused = torch.maximum(mri, ct).requires_grad_()
+        fused.requires_grad_()
         optimizer = torch.optim.Adam([fused], self.learning_rate)
         for _ in range(self.steps):
             optimizer.zero_grad()
@@ -50,3 +79,21 @@ class MostKept:
             with torch.no_grad():
                 fused.clamp_(-1, 1)
         return fused.detach()
+
+
+def content(brighter: Float[Tensor, "b 1 *dhw"]) -> tuple[slice, slice]:
+    """Rows and columns of a case's pictures that are not black, with a margin around them.
+
+    The window is large enough for VIF where the pictures are; of black pictures it is all.
+    """
+    is_shown = (brighter > BLACK).flatten(0, -3).any(0)
+    return _extent(is_shown.any(1)), _extent(is_shown.any(0))
+
+
+def _extent(is_shown: Tensor) -> slice:
+    (where,) = is_shown.nonzero(as_tuple=True)
+    if len(where) == 0:
+        return slice(None)
+    first, last = int(where[0]) - MARGIN, int(where[-1]) + 1 + MARGIN
+    first = max(min(first, len(is_shown) - SMALLEST), 0)
+    return slice(first, max(last, first + SMALLEST))

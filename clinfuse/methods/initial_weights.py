@@ -35,9 +35,23 @@ class StartsFromWeights(LightningModule):
             self.start_training()
 
 
-def file_of(weights: str | Path | Callable[[], Path]) -> Path:
-    """The file itself, brought if need be; it may not exist."""
-    return weights() if callable(weights) else Path(weights)
+def file_of(weights: Any) -> Path:
+    """The file itself, brought if need be; it may not exist.
+
+    Raises:
+        FileNotFoundError: it could not be brought.
+        ValueError: YAML has brought something else than ``Weights``.
+    """
+    if isinstance(weights, str | Path):
+        return Path(weights)
+    if not callable(weights):
+        raise ValueError(f"expected weights as a file's name, got {weights!r}")
+    try:
+        return weights()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"expected weights to be brought, or method.weights=FILE: {error}"
+        ) from error
 
 
 def checkpoint_of_run(folder: str | Path) -> Path:

@@ -73,7 +73,7 @@ class ResNetFusion(StartsFromWeights, FusionMethod):
         fused, aims = self.network(batch.mri, batch.ct), aims_of(batch)
         terms = self.loss(fused, *aims, shared_spacing(batch.spacing_mm))
         losses = {name: value for name, value in terms.means().items() if name != "total"}
-        losses["perceptual"] = self._perceptual_distance(fused, *aims).mean()
+        losses["perceptual"] = self.perceptual_distance(fused, *aims).mean()
         losses["loss"] = terms.total.mean() + self.perceptual * losses["perceptual"]
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
@@ -81,7 +81,7 @@ class ResNetFusion(StartsFromWeights, FusionMethod):
         )
         return losses["loss"]
 
-    def _perceptual_distance(self, fused: Tensor, mri: Tensor, ct: Tensor) -> Tensor:
+    def perceptual_distance(self, fused: Tensor, mri: Tensor, ct: Tensor) -> Tensor:
         seen = [self.network.encoder(fused, self.perceptual_scales)]
         with torch.no_grad():
             seen += [self.network.encoder(aim, self.perceptual_scales) for aim in (mri, ct)]

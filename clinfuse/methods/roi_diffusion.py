@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from clinfuse.diffusion.ensemble import centred_estimate, ensemble_noise
-from clinfuse.diffusion.guidance import Guide, roi_guide
+from clinfuse.diffusion.guidance import Guide, roi_guide, together, walking_guide
 from clinfuse.diffusion.process import (
     q_sample,
     target_for,
@@ -24,6 +24,7 @@ from clinfuse.functional.spacing import shared_spacing
 from clinfuse.losses.denoising import denoising_loss
 from clinfuse.losses.diffusion import diffusion_loss, noise_level_weight
 from clinfuse.losses.fidelity_of_gradients import SourceFidelity
+from clinfuse.losses.most_kept import MostKept
 from clinfuse.losses.reference import ReferenceLoss
 from clinfuse.losses.roi import ClinicalRoiLoss
 from clinfuse.losses.uncertainty import gaussian_nll, laplace_nll
@@ -86,10 +87,10 @@ class Guidance:
             The paper's are, for it diffuses F; the residual's own leave F where the model is sure
             of it (s is small). What a source shows is to be had everywhere; what a lesion head
             would like to see, only where the model leaves it open.
-        kept: beside Eq. 2, strength of a pull to where F loses less of both sources as they were
-            given (``SourceFidelity``), over the whole image and in steps of F. For pairs without
-            regions; 0 leaves it out.
-        information: weight of VIF beside Qabf in that.
+        kept: beside Eq. 2, the climb that takes the ensemble's mean F at every level to where it
+            keeps more of both sources as they were given, over the whole image. For pairs without
+            regions; None, or one of 0 steps, leaves it out.
+        kept_start: highest noise level at which it climbs.
     """
 
     eta: float
@@ -104,8 +105,8 @@ class Guidance:
     tolerance_mm: float = 0.0
     by_region: bool = True
     image_steps: Sequence[bool] = (True, True, False)
-    kept: float = 0.0
-    information: float = 0.3
+    kept: MostKept | None = None
+    kept_start: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.image_steps) != len(ROI_NAMES):
@@ -293,9 +294,23 @@ class RoiDiffusion(FusionMethod):
 
     def _guide(self, batch: FusionBatch, anchor: Anchor) -> Guide | None:
         settings = self.guidance
-        if settings.eta == 0 and settings.eta_u == 0:
-            return None
+        guides = []
+        if settings.eta != 0 or settings.eta_u != 0:
+            guides.append(self._roi_guide(batch, anchor))
+        if settings.kept is not None and settings.kept.steps > 0:
+            guides.append(self._kept_guide(batch, anchor, settings.kept))
+        return together(guides) if guides else None
 
+    def _kept_guide(self, batch: FusionBatch, anchor: Anchor, kept: MostKept) -> Guide:
+        def walk(mean: Tensor) -> Tensor:
+            fused = (anchor.mean + anchor.scale * mean).clamp(-1, 1)
+            return mean + (kept.climbed(fused, batch.mri, batch.ct) - fused) / anchor.scale
+
+        settings = self.guidance
+        return walking_guide(walk, self.members, settings.kept_start, settings.end)
+
+    def _roi_guide(self, batch: FusionBatch, anchor: Anchor) -> Guide:
+        settings = self.guidance
         mri, ct, roi = guiding_sources(batch, anchor, settings.tolerance_mm)
         seen = 1 if settings.of_mean else self.members
         spacing_mm = shared_spacing(batch.spacing_mm)  # here: a loss that read it would wait
@@ -307,15 +322,11 @@ class RoiDiffusion(FusionMethod):
         )
 
         image_scale = repeated(anchor.scale, self.members)
-        given_mri, given_ct = (repeated(source, seen) for source in (batch.mri, batch.ct))
-        lost = SourceFidelity(1.0, settings.information)
         weights: list[float] = [1.0]
         units: list[Tensor | float] = [1.0]
         if settings.by_region:
             weights = list(self.guidance_loss.weights)
             units = [image_scale if in_image else 1.0 for in_image in settings.image_steps]
-        if settings.kept:
-            weights, units = [*weights, settings.kept], [*units, image_scale]
 
         head: Callable[[Tensor], Tensor] | None = None
         if self.lesion_head is not None:
@@ -328,10 +339,7 @@ class RoiDiffusion(FusionMethod):
             terms = roi_loss(
                 self.guidance_loss, fused, mri, ct, roi, spacing_mm, distance_mm, lesion_head
             )
-            parts = terms.by_region if settings.by_region else (terms.total,)
-            if settings.kept:
-                parts = (*parts, lost(fused, given_mri, given_ct))
-            return parts
+            return terms.by_region if settings.by_region else (terms.total,)
 
         return roi_guide(
             partial(loss, lesion_head=head),

@@ -1,5 +1,6 @@
 """Weights that come as a file: read without running anything in it, checked before they load."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,16 +19,18 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of tensors, or one that would have to be run to be read.
+        ValueError: not a file of dense, real and finite tensors, or one that would have to be run
+            to be read.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file of weights, found nothing at {path}")
+        raise FileNotFoundError(f"expected a file of weights, found no file at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of protocols it then cannot read
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling may fail in any way
         raise ValueError(
-            f"expected readable weights, got {type(error).__name__}: {path}"
+            f"expected readable weights, got {_unreadable(path, error)}: {path}"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -36,6 +39,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if not all(isinstance(weight, Tensor) for weight in content.values()):
         others = [str(name) for name, weight in content.items() if not isinstance(weight, Tensor)]
         raise ValueError(f"expected tensors by name, got {_listed(others)} among them: {path}")
+    if others := [str(name) for name, weight in content.items() if not _is_plain(weight)]:
+        raise ValueError(f"expected dense real tensors, got others in {_listed(others)}: {path}")
+    if others := [str(name) for name, weight in content.items() if not weight.isfinite().all()]:
+        raise ValueError(f"expected finite weights, got NaN or inf in {_listed(others)}: {path}")
     return {str(name).removeprefix("module."): weight for name, weight in content.items()}
 
 
@@ -70,6 +77,19 @@ def load_weights(
     if problems:
         raise ValueError(f"expected weights of {expected}, got {'; '.join(problems)}: {path}")
     module.load_state_dict({**ours, **weights})
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if path.stat().st_size == 0:
+        return "an empty file"
+    if "GLOBAL" in str(error):  # as torch names what it does not look up
+        return "pickled objects, which could run anything and are not loaded"
+    return f"something else or a damaged file ({type(error).__name__})"
+
+
+def _is_plain(weight: Tensor) -> bool:
+    is_real = not weight.is_complex() and not weight.is_quantized
+    return weight.layout == torch.strided and weight.device.type == "cpu" and is_real
 
 
 def _listed(names: list[str]) -> str:

@@ -131,7 +131,15 @@ class ResNetEncoder(nn.Module):
 
         Args:
             image: in [-1, 1]; sources may go beyond by their noise.
+
+        Raises:
+            ValueError: a slice for a network of volumes, or a volume for one of slices.
         """
+        if image.ndim != self.resnet.conv1.weight.ndim:
+            expected = self.resnet.conv1.weight.ndim - 2
+            raise ValueError(
+                f"expected images of {expected} axes (spatial_dims), got {image.ndim - 2}"
+            )
         resnet = self.resnet
         x = resnet.act(resnet.bn1(resnet.conv1(self._normalised(image))))
         features = [x]

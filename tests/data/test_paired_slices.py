@@ -117,6 +117,39 @@ def test_a_name_that_the_set_does_not_have_is_refused(root):
         _ = PairedSlices(root, "spect_mri", splits={"test": ["99", "99001", "10"]}).splits
 
 
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ({"trian": ["10"], "test": ["11"]}, r"lists train, val and test, got \['test', 'trian'\]"),
+        ({"test": "all"}, "splits.test to be a list of names or patients, got 'all'"),
+        ({"test": 12}, "splits.test to be a list of names or patients, got 12"),
+        ({"test": ["11"], "train": None}, "splits.train to be a list .*, got None"),
+        ({"test": [["11"]]}, r"splits.test to be a list .*, got \[\['11'\]\]"),
+    ],
+)
+def test_lists_that_are_none_are_refused_before_anything_is_read(tmp_path, splits, words):
+    with pytest.raises(ValueError, match=words):
+        PairedSlices(tmp_path / "not yet there", "spect_mri", splits=splits)
+
+
+def test_what_yaml_takes_for_something_else_than_lists_ends_in_a_sentence(
+    root, entry_point, tmp_path
+):
+    done = entry_point(
+        "clinfuse.evaluate", "method=average", "data=paired_slices", f"data.root={root}",
+        "data.kind=spect_mri", "data.splits=all", f"hydra.run.dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "clinfuse: expected splits of lists train, val and test, got all" in done.stderr
+    assert not (tmp_path / "run" / "cases.csv").exists()
+
+
+def test_a_folder_whose_name_yaml_takes_for_a_number_is_found(tmp_path, monkeypatch):
+    write_pair(tmp_path / "2024", "10007")
+    monkeypatch.chdir(tmp_path)
+    assert list(PairedSlices(2024, "spect_mri").pairs) == ["10007"]
+
+
 def test_a_whole_set_can_be_fused(root):
     splits = PairedSlices(root, "spect_mri", splits={"test": ["all"]}).splits
     assert sorted(splits["test"]) == sorted(NAMES) and not splits["train"]
@@ -156,8 +189,12 @@ def test_splits_that_must_leak_are_made_with_a_warning(tmp_path, caplog):
 
 
 def test_without_test_pairs_testing_says_so(root):
-    with pytest.raises(ValueError, match="expected pairs to test with, got none of 15"):
-        PairedSlices(root, "spect_mri", splits={"train": ["10"]}).test_dataloader()
+    data = PairedSlices(root, "spect_mri", splits={"train": ["10"]})
+    data.setup("fit")
+    said = "expected pairs to test with, got none of 15 of 5 patients"
+    for ask in (lambda: data.setup("test"), data.test_dataloader):
+        with pytest.raises(ValueError, match=said):
+            ask()
 
 
 def test_a_batch_has_what_a_method_may_see_and_no_invented_truth(root):
@@ -289,7 +326,12 @@ def test_pictures_of_two_sizes_do_not_make_a_batch_without_patches(root):
     items = [slice_item(pair(shape), STILL) for shape in ((60, 72), (50, 64))]
     with pytest.raises(ValueError, match=r"cases of one size .* set patch_shape, or a batch size"):
         collate_slices(items)
-    patches = {"batch_size": 4, "patch_shape": (32, 32), "splits": {"train": ["10"]}}
+    names = {"train": ["10"]}
+    whole = PairedSlices(root, "spect_mri", batch_size=2, draws_per_epoch=2, splits=names)
+    said = r"batches of 2 without a patch_shape, got \(72, 60\) in .*10007.* \(64, 50\) in .*10010"
+    with pytest.raises(ValueError, match=said):  # whichever two are drawn
+        whole.train_dataloader()
+    patches = {"batch_size": 4, "patch_shape": (32, 32), "splits": names}
     (batch,) = PairedSlices(root, "spect_mri", **patches).train_dataloader()
     assert batch.mri.shape == (4, 1, 32, 32)
 
@@ -398,6 +440,22 @@ def test_a_split_that_is_not_known_or_asked_for_twice_is_refused(root, arguments
         PairedSlices(root, "spect_mri", **arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"patch_shape": (8, 32, 32)}, r"patch_shape \(h, w\) of at least 8 .*, got \(8, 32, 32\)"),
+        ({"patch_shape": (0, 32)}, r"patch_shape \(h, w\) of at least 8 .*, got \(0, 32\)"),
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+        ({"draws_per_epoch": 0}, "draws_per_epoch of at least 1, got 0"),
+        ({"draws_per_epoch": -3}, "draws_per_epoch of at least 1, got -3"),
+        ({"misregistration_mm": [0, float("nan")]}, r"a list of numbers, got \[0, nan\]"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_read(root, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PairedSlices(root, "spect_mri", **arguments)
+
+
 def test_references_are_made_of_clean_sources_for_training_and_kept_but_not_for_test(
     root, tmp_path
 ):
@@ -428,3 +486,55 @@ def test_references_are_made_of_clean_sources_for_training_and_kept_but_not_for_
     for batch, before in zip(again.train_dataloader(), batches, strict=False):
         assert torch.equal(batch.reference, before.reference)
     assert len(asked) == made  # they came from the cache
+
+
+def refuse(mri, ct):
+    raise ValueError("expected slices of at least 999 pixels a side")
+
+
+def test_a_pair_that_no_reference_can_be_made_of_is_named(root):
+    data = PairedSlices(root, "spect_mri", reference=refuse, splits={"train": ["10007"]})
+    with pytest.raises(ValueError, match=r"999 pixels a side: .*MRI.10007\.png"):
+        data.train_dataloader()
+
+
+def test_black_pictures_of_two_sizes_do_not_share_a_reference_and_a_damaged_one_is_named(tmp_path):
+    for name, (h, w) in (("10007", (40, 50)), ("10008", (50, 40))):
+        for folder in ("MRI", "SPECT"):
+            path = tmp_path / "set" / folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.zeros((h, w), np.uint8)).save(path)
+
+    def shapes():
+        data = PairedSlices(
+            tmp_path / "set", "spect_mri", reference=torch.maximum, cache_dir=tmp_path / "cache",
+            splits={"train": ["all"]},
+        )  # fmt: skip
+        return {tuple(batch.reference.shape[2:]) for batch in data.train_dataloader()}
+
+    assert shapes() == shapes() == {(40, 50), (50, 40)}
+    for path in (tmp_path / "cache" / "references").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"reference as it was kept here, got .*\.npy \(delete it"):
+        shapes()
+
+
+def test_a_pair_without_any_edge_is_evaluated_and_what_it_leaves_undefined_is_nan_and_counted(
+    phantoms, tmp_path
+):
+    root = tmp_path / "set"
+    for folder, centre in (("CT", (30, 36)), ("MRI", (25, 40))):
+        (root / folder).mkdir(parents=True)
+        for name, pixels in (("10007", np.zeros((60, 72))), ("11007", 200 * spot(centre))):
+            Image.fromarray(pixels.astype(np.uint8)).save(root / folder / f"{name}.png")
+    overrides = (
+        "method=average", "data=paired_slices", f"data.root={root}", "data.kind=ct_mri",
+        "data.splits={test:[all]}", "misregistration_mm=[0]",
+    )  # fmt: skip
+    evaluate(phantoms.config(*overrides, name="evaluate", folder=tmp_path / "run"))
+    rows = pd.read_csv(tmp_path / "run" / "cases.csv", dtype={"case_id": str})
+    values = rows[rows["roi"] == "whole"].pivot(index="case_id", columns="metric", values="value")
+    of_edges = ["scd", "vif", "qabf", "epi"]
+    assert values.loc["10007", of_edges].isna().all()
+    assert values.loc["11007", of_edges].notna().all()
+    assert "undefined left out" in (tmp_path / "run" / "report.html").read_text()

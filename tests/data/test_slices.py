@@ -1,4 +1,5 @@
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -76,6 +77,20 @@ def test_the_set_is_found_from_the_folder_around_it_and_by_either_layouts_names(
         picture(tmp_path / "jic" / folder / f"02-A02{ending}.jpg")
     (pair,) = find_pairs(tmp_path / "jic", GFP)
     assert (pair.name, pair.ct.name, pair.mri.name) == ("02-A02", "02-A02-g.jpg", "02-A02-t.jpg")
+
+
+def test_pictures_that_share_names_but_no_size_are_no_pairs(tmp_path):
+    root = spect_set(tmp_path, ["21001"])
+    picture(root / "SPECT" / "21001.png", size=(20, 9))
+    with pytest.raises(FileNotFoundError, match="of one name and one size, found none in"):
+        find_pairs(root, SPECT)
+
+
+def test_a_split_folder_without_one_of_the_sources_is_left_out_by_name(tmp_path, caplog):
+    spect_set(tmp_path / "train", ["10001"])
+    picture(tmp_path / "test" / "MRI" / "11001.png")
+    assert names(find_pairs(tmp_path, SPECT)) == ["10001"]
+    assert "left out, without a folder of the other source: test/MRI" in caplog.text
 
 
 def test_pairs_in_folders_of_train_val_and_test_know_their_split(tmp_path):
@@ -159,6 +174,17 @@ def test_a_ct_has_brain_and_bone_and_no_colour(tmp_path):
     assert overlap > 0.95 and not found.roi[2].any()
 
 
+@pytest.mark.parametrize("size", [(8, 7), (7, 60), (1, 1)], ids=str)
+def test_a_picture_too_small_for_windows_and_networks_is_refused(tmp_path, size):
+    spect_set(tmp_path, ["9001"], size=size)
+    spect_set(tmp_path, ["9002"], size=(8, 8))
+    small, enough = find_pairs(tmp_path, SPECT)
+    said = re.escape(f"at least 8 pixels a side, got {size} (w, h): {small.mri}")
+    with pytest.raises(ValueError, match=said):
+        read_pair(small, SPECT)
+    assert read_pair(enough, SPECT).mri.shape == (1, 8, 8)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK"])
 def test_every_way_of_storing_8_bits_reads_as_what_it_shows(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
@@ -192,14 +218,35 @@ def test_what_is_no_opaque_8_bit_picture_is_refused_by_name(tmp_path):
         read_picture(tmp_path / "gone.png")
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_file_of_several_pictures_is_not_read_as_its_first(tmp_path, suffix):
+    path = tmp_path / f"stack.{suffix}"
+    stack = [picture(path, seed=seed, save=False) for seed in range(3)]
+    stack[0].save(path, save_all=True, append_images=stack[1:])
+    with pytest.raises(ValueError, match=rf"expected one picture in a file, got 3: .*{path.name}"):
+        read_picture(path)
+
+
+def test_a_picture_of_more_pixels_than_are_safe_to_unpack_is_refused_with_their_number(
+    tmp_path, monkeypatch
+):
+    picture(tmp_path / "vast.png", size=(60, 60))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"unreadable \(.*3600 pixels.* exceeds .*vast\.png"):
+        read_picture(tmp_path / "vast.png")
+
+
 def test_a_root_without_pairs_says_what_it_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="found no folder at"):
         find_pairs(tmp_path / "absent", SPECT)
-    with pytest.raises(FileNotFoundError, match="expected folders MRI and SPECT"):
+    with pytest.raises(FileNotFoundError, match=r"folders MRI and SPECT.* found none in"):
         find_pairs(tmp_path, SPECT)
     picture(tmp_path / "MRI" / "1001.png")
+    picture(tmp_path / "test" / "MRI" / "1001.png")
+    with pytest.raises(FileNotFoundError, match="found MRI and test/MRI in"):
+        find_pairs(tmp_path, SPECT)
     picture(tmp_path / "SPECT" / "1002.png")
-    with pytest.raises(FileNotFoundError, match="pairs of pictures with one name"):
+    with pytest.raises(FileNotFoundError, match=r"pairs of pictures \(.png, .* of one name"):
         find_pairs(tmp_path, SPECT)
     picture(tmp_path / "MRI" / "1001.jpg")
     with pytest.raises(ValueError, match=r"one file of a name, got 1001\.jpg and 1001\.png"):

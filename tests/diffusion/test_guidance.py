@@ -17,6 +17,8 @@ from clinfuse.diffusion.guidance import (
     loss_gradient,
     normalise_rms,
     roi_guide,
+    together,
+    walking_guide,
 )
 from clinfuse.diffusion.samplers.ddim import ddim
 from clinfuse.diffusion.samplers.ddpm import ddpm
@@ -626,3 +628,29 @@ def test_the_early_loss_guides_above_its_level_and_the_whole_one_from_there_on(
     torch.testing.assert_close(guide(x_t, noise, x_t), alone[expected])
     torch.testing.assert_close(alone["early"], torch.full_like(x_t, 0.1))
     torch.testing.assert_close(alone["whole"], 0.1 * unit(x_t - 0.7))
+
+
+def test_a_walk_of_a_guide_moves_the_mean_there_and_every_member_as_far():
+    x_t, x0_hat = torch.randn(2, 6, 1, 4, 5)
+    goal = torch.randn(2, 1, 4, 5)
+    guide = walking_guide(lambda mean: goal, members=3)
+    moved = x0_hat - guide(x_t, 0.5, x0_hat)
+    torch.testing.assert_close(ensemble_mean(moved, 3), goal)
+    torch.testing.assert_close(ensemble_variance(moved, 3), ensemble_variance(x0_hat, 3))
+
+
+def test_guides_together_add_up_each_at_its_own_levels():
+    x_t, x0_hat = torch.randn(2, 2, 1, 4, 4)
+    early = walking_guide(lambda mean: mean - 1, start=1.0, end=0.6)
+    late = walking_guide(lambda mean: mean - 2, start=0.7, end=0.0)
+    both = together([early, late])
+    for level, expected in ((0.9, 1.0), (0.65, 3.0), (0.1, 2.0)):
+        torch.testing.assert_close(both(x_t, level, x0_hat), torch.full_like(x_t, expected))
+
+
+def test_guides_together_still_say_what_they_refused():
+    refusing = roi_guide(lambda x0_hat: (x0_hat / 0).sum((1, 2, 3)), 0.1, 0.0, None, gradient="x0")
+    both = together([refusing, walking_guide(lambda mean: mean)])
+    both(torch.zeros(1, 1, 4, 4), 0.5, torch.ones(1, 1, 4, 4))
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        both.warn_of_refused()

@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clinfuse.functional.qabf import qabf
-from clinfuse.functional.vif import vif
+from clinfuse.functional.vif import SMALLEST, vif
 from clinfuse.losses.fidelity_of_gradients import SourceFidelity
-from clinfuse.losses.most_kept import MostKept
+from clinfuse.losses.most_kept import MostKept, content
 
 
 @pytest.fixture
@@ -36,3 +37,25 @@ def test_a_case_does_not_see_the_others_and_flat_sources_stay_as_they_are(pair):
     both = climb(torch.cat([pair[0], flat]), torch.cat([pair[1], flat]))
     torch.testing.assert_close(both[:1], climb(*pair))
     torch.testing.assert_close(both[1:], flat)
+
+
+def test_black_around_the_pictures_is_left_out_and_changes_next_to_nothing(pair):
+    mri, ct = (F.pad(source, (30, 40, 25, 35), value=-1.0) for source in pair)
+    rows, columns = content(torch.maximum(mri, ct))
+    assert (rows.start, rows.stop) == (25 - 16, 25 + 56 + 16)
+    assert (columns.start, columns.stop) == (30 - 16, 30 + 60 + 16)
+    climb = MostKept(steps=10)
+    everywhere = climb._climb(torch.maximum(mri, ct), mri, ct)
+    cut = climb(mri, ct)
+    assert qabf(cut, mri, ct) == pytest.approx(
+        qabf(everywhere, mri, ct).item(), abs=1e-2
+    )  # where VIF's grid lies differs
+    assert vif(cut, mri, ct) == pytest.approx(vif(everywhere, mri, ct).item(), abs=2e-2)
+
+
+def test_the_window_around_a_small_thing_is_large_enough_for_vif():
+    small = torch.full((1, 1, 90, 50), -1.0)
+    small[..., 2:4, 48:] = 0.5
+    rows, columns = content(small)
+    assert len(range(90)[rows]) >= SMALLEST and len(range(50)[columns]) >= SMALLEST
+    assert MostKept(steps=2)(small, small).shape == small.shape

@@ -26,6 +26,18 @@ def test_a_file_is_named_or_brought():
     assert file_of("a/b.pth") == file_of(Path("a/b.pth")) == file_of(lambda: Path("a/b.pth"))
 
 
+def unreachable():
+    raise ConnectionError("expected the file, got no answer: http://nowhere")
+
+
+def test_weights_that_cannot_be_brought_or_are_no_file_s_name_end_in_a_sentence():
+    with pytest.raises(FileNotFoundError, match=r"method\.weights=FILE: expected the file, got no"):
+        file_of(unreachable)
+    for other in (5, ["a.pth"]):
+        with pytest.raises(ValueError, match="expected weights as a file's name, got "):
+            file_of(other)
+
+
 def test_a_run_is_known_by_its_last_checkpoint(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
     with pytest.raises(FileNotFoundError, match=f"found none in {tmp_path}"):

@@ -168,7 +168,7 @@ def test_weights_from_a_url_are_fetched_once_and_checked(phantoms, tmp_path):
 @pytest.mark.parametrize(
     ("write", "error", "said"),
     [
-        (lambda path: None, FileNotFoundError, "expected a file of weights, found nothing at"),
+        (lambda path: None, FileNotFoundError, "expected a file of weights, found no file at"),
         (lambda path: path.write_bytes(b"nothing"), ValueError, "expected readable weights, got"),
         (
             lambda path: torch.save({"conv1.weight": torch.zeros(4, 3, 7, 7)}, path),

@@ -922,14 +922,28 @@ def test_the_error_scale_is_learned_as_a_standard_deviation_and_few_stray_voxels
 
 
 def test_guidance_to_keep_both_sources_raises_what_it_is_paid_by(phantoms):
-    def lost(strength):
-        keep = (f"guidance.kept={strength}", "guidance.information=0.0")  # too small for VIF
-        method = phantoms.method("clinfuse", *keep, members=2, steps=6).eval()
-        method.guidance_loss = ClinicalRoiLoss(0.0, 0.0, 0.0)
-        method.guidance = replace(method.guidance, eta_u=0.0, kappa=None)
-        batch = phantoms.batch(0.0, case=7)
-        method.anchor = Between()
-        return SourceFidelity(1.0, 0.0)(method.fuse(batch), batch.mri, batch.ct)
+    """By itself, and beside the guidance by Eq. 2; the members move alike and keep their spread."""
+    lost = SourceFidelity(1.0, 0.0)
+    batch = phantoms.batch(0.0, case=7)
 
-    without, little, more = (float(lost(strength)) for strength in (0.0, 0.2, 1.0))
+    def sampled(steps, *other):
+        keep = (f"guidance.kept_steps={steps}", "guidance.information=0.0")  # too small for VIF
+        method = phantoms.method("clinfuse", *keep, *other, members=2, steps=3).eval()
+        method.anchor = Between()
+        ensemble = method.ensemble(batch)
+        return float(lost(ensemble.mean(0).clamp(-1, 1), batch.mri, batch.ct)), ensemble
+
+    alone = ("guidance.eta=0.0", "guidance.eta_u=0.0")
+    (without, free), (little, _), (more, led) = (sampled(steps, *alone) for steps in (0, 2, 10))
     assert without - 0.01 > little > more + 0.01
+    torch.testing.assert_close(free[0] - free[1], led[0] - led[1], atol=1e-3, rtol=0)
+    assert sampled(10, "guidance.eta=0.05")[0] < sampled(0, "guidance.eta=0.05")[0] - 0.01
+
+
+def test_the_unguided_method_and_guidance_off_climb_nowhere(phantoms):
+    for name, *settings in (
+        ("diffusion_unguided", "guidance.kept_steps=9"),
+        ("clinfuse", "guidance=off"),
+    ):
+        method, batch = phantoms.method(name, *settings), phantoms.batch(0.0)
+        assert method._guide(batch, method.anchor(batch)) is None

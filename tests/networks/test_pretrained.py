@@ -34,8 +34,9 @@ def test_a_file_of_before_torch_s_zip_format_is_read_too(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a file of weights, .* at .*gone\.pth"):
-        read_weights(tmp_path / "gone.pth")
+    for path in (tmp_path / "gone.pth", tmp_path):  # a folder is no file either
+        with pytest.raises(FileNotFoundError, match=f"file of weights, found no file at {path}"):
+            read_weights(path)
 
 
 class Program:
@@ -45,22 +46,55 @@ class Program:
         return print, ("this must not be run",)
 
 
+def cut_in_half(path):
+    content = saved(path, network().state_dict()).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
 @pytest.mark.parametrize(
-    "write",
+    ("write", "got"),
     [
-        lambda path: path.write_bytes(b"not weights at all"),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(pickle.dumps({"0.weight": Program()})),
-        lambda path: torch.save(network(), path),
+        (lambda path: path.write_bytes(b"not weights at all"), "something else or a damaged file"),
+        (cut_in_half, "something else or a damaged file"),
+        (lambda path: path.write_bytes(b""), "an empty file"),
+        (
+            lambda path: path.write_bytes(pickle.dumps({"0.weight": Program()})),
+            "something else or a damaged file",
+        ),
+        (lambda path: torch.save({"0.weight": Program()}, path), "pickled objects"),
+        (lambda path: torch.save(network(), path), "pickled objects"),
     ],
-    ids=["text", "empty", "pickled program", "whole module"],
+    ids=["text", "truncated", "empty", "pickled program", "saved program", "whole module"],
 )
-def test_an_unreadable_file_gives_one_sentence_and_is_not_run(write, tmp_path, capsys):
+def test_an_unreadable_file_gives_one_sentence_and_is_not_run(
+    write, got, tmp_path, capsys, recwarn
+):
     path = tmp_path / "weights.pth"
     write(path)
-    with pytest.raises(ValueError, match=r"expected readable weights, got \w+: .*weights\.pth"):
+    with pytest.raises(ValueError, match=rf"expected readable weights, got {got}.*weights\.pth"):
         read_weights(path)
     assert "must not be run" not in capsys.readouterr().out
+    assert not recwarn.list  # which would be sentences more
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.eye(3).to_sparse(), "expected dense real tensors, got others in 1.weight"),
+        (
+            torch.eye(3, dtype=torch.complex64),
+            "expected dense real tensors, got others in 1.weight",
+        ),
+        (torch.empty(3, device="meta"), "expected dense real tensors, got others in 1.weight"),
+        (torch.tensor([0.0, torch.nan]), "expected finite weights, got NaN or inf in 1.weight"),
+        (torch.tensor([0.0, -torch.inf]), "expected finite weights, got NaN or inf in 1.weight"),
+    ],
+    ids=["sparse", "complex", "meta", "nan", "inf"],
+)
+def test_weights_that_no_network_can_start_from_are_named(weight, said, tmp_path):
+    path = saved(tmp_path / "weights.pth", {"0.weight": torch.zeros(3), "1.weight": weight})
+    with pytest.raises(ValueError, match=f"{said}: .*weights.pth"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,14 @@ def test_weights_of_another_resnet_are_refused_in_a_sentence_that_says_where(
         encoder().load(tmp_path / "weights.pth")
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_slices_for_a_network_of_volumes_and_volumes_for_one_of_slices_are_refused(dims):
+    with pytest.raises(
+        ValueError, match=rf"images of {dims} axes \(spatial_dims\), got {5 - dims}"
+    ):
+        encoder(dims)(torch.zeros(1, 1, *[16] * (5 - dims)))
+
+
 def test_shortcuts_by_padding_have_no_weights_and_keep_the_gradient():
     network = encoder(3, shortcut="padding")
     assert not any("downsample" in name for name in network.state_dict())
