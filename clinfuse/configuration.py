@@ -16,13 +16,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from clinfuse.callbacks.model_draws import read_draws
 
@@ -68,6 +71,11 @@ def fingerprint(node: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
+_EXPECTED = (
+    ValueError, FileNotFoundError, FileExistsError, ConnectionError, MissingMandatoryValue
+)  # fmt: skip
+
+
 def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """An entry point whose bad input ends in one sentence on stderr and exit status 1."""
 
@@ -75,13 +83,14 @@ def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig],
     def explained(cfg: DictConfig) -> Any:
         try:
             return main(cfg)
-        except (ValueError, FileNotFoundError, FileExistsError, InstantiationException) as error:
+        except (*_EXPECTED, InstantiationException) as error:
             cause: BaseException = error
             while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
                 cause = cause.__cause__
-            expected = (ValueError, FileNotFoundError, FileExistsError)
-            if not isinstance(cause, expected) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if not isinstance(cause, _EXPECTED) or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
+            if isinstance(cause, MissingMandatoryValue):
+                cause = ValueError(f"expected {cause.full_key}=VALUE on the command line, got none")
             print(f"clinfuse: {' '.join(str(cause).split())}", file=sys.stderr)
             print("(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
             sys.exit(1)
@@ -94,14 +103,21 @@ def run_config(folder: str | Path) -> DictConfig:
 
     Raises:
         FileNotFoundError: the folder is no run's.
+        ValueError: its configuration cannot be read, or is none.
     """
     path = Path(folder) / ".hydra" / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(
             f"expected a run folder with .hydra/config.yaml, found none in {folder}"
         )
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
+    try:
+        cfg = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"expected a run's configuration, got {type(error).__name__}: {path}"
+        ) from error
+    if not isinstance(cfg, DictConfig) or not {"method", "data"} <= set(cfg):
+        raise ValueError(f"expected a run's configuration with method and data, got none: {path}")
     return cfg
 
 
@@ -180,16 +196,29 @@ def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
             f"{folder} was trained with a lesion head whose files are gone: {error} "
             f"(put it back, or correct lesion_head in {Path(folder) / '.hydra' / 'config.yaml'})"
         ) from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:
-        raise ValueError(
-            f"expected a readable checkpoint, got {type(error).__name__}: {path}"
-        ) from error
+    state = checkpoint_content(path)["state_dict"]
     with expecting(f"the weights of {cfg.method_name}", path):
         method.load_state_dict(state)
     add_draws(method, path.parent)
     return method.eval()
+
+
+def checkpoint_content(path: Path) -> dict[str, Any]:
+    """What a run has saved, read without running anything in it.
+
+    Raises:
+        ValueError: it cannot be read, or is no checkpoint.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of protocols it then cannot read
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"expected a readable checkpoint, got {type(error).__name__}: {path}"
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"expected a run's checkpoint with state_dict, got something else: {path}")
+    return content
 
 
 def add_draws(method: Any, folder: Path) -> None:
@@ -213,7 +242,7 @@ def expecting(weights: str, path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = shorten(str(error).splitlines()[-1].strip(), 200, placeholder=" …")
         raise ValueError(f"expected {weights}, got others ({reason}): {path}") from error
 
 

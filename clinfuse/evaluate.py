@@ -1,14 +1,18 @@
 """Score runs and rules on the same perturbed cases: ``python -m clinfuse.evaluate run=RUN``."""
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
+import pandas as pd
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from clinfuse.callbacks.calibration import read_calibration
@@ -26,8 +30,19 @@ from clinfuse.configuration import (
     trained_method,
     with_other_guidance,
 )
+from clinfuse.data.splits import read_splits
 from clinfuse.metrics.calibration import Calibration
+from clinfuse.reporting.atomic import write_atomically
+from clinfuse.reporting.rows import ROW_KEY, read_rows, write_rows
+from clinfuse.reporting.tables import (
+    KEPT_SCORES,
+    headline,
+    headline_scores,
+    print_table,
+    to_markdown,
+)
 
+log = logging.getLogger(__name__)
 register_resolvers()
 
 
@@ -36,7 +51,8 @@ register_resolvers()
 def main(cfg: DictConfig) -> None:
     """Test every method named on the same cases; leave cases.csv, figures and report.html."""
     quiet_libraries()
-    runs = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run or [])
+    asked = [] if cfg.run is None else [cfg.run]
+    runs = list(map(str, cfg.run if isinstance(cfg.run, ListConfig) else asked))
     head = None if cfg.lesion_head is None else lesion_head_of(cfg.lesion_head)
     methods = list(methods_of(cfg, runs, head))
     if not methods:
@@ -126,8 +142,20 @@ def rule(name: str) -> Any:
 def data_of(cfg: DictConfig, runs: Sequence[str]) -> Any:
     """The cases to score: those of the first run unless the command line chooses others."""
     own = runs and not choice_was_made("data")
-    data_cfg = run_config(runs[0]).data if own else cfg.data
-    amplitudes = [float(amplitude) for amplitude in cfg.misregistration_mm]
+    chosen = run_config(runs[0]) if own else cfg
+    data_cfg, axes = chosen.data, chosen.get("spatial_dims", 3)
+    for folder in runs:
+        if (theirs := run_config(folder).get("spatial_dims", 3)) != axes:
+            raise ValueError(
+                f"expected runs trained on images of {axes} axes, as the data has, got one trained "
+                f"on {theirs}: {folder}"
+            )
+    amplitudes = cfg.misregistration_mm
+    if not (isinstance(amplitudes, ListConfig) and len(amplitudes)):
+        raise ValueError(f"expected misregistration_mm=[LIST], got {amplitudes}")
+    if not all(isinstance(a, int | float) and math.isfinite(a) for a in amplitudes):
+        raise ValueError(f"expected numbers in misregistration_mm, got {amplitudes}")
+    amplitudes = [float(amplitude) for amplitude in amplitudes]
     data = instantiate(data_cfg, misregistration_mm=amplitudes, _convert_="all")
     data.prepare_data()
     return data
@@ -138,6 +166,50 @@ def cases_of(data: Any) -> str:
     cases = data.splits["test"]
     patients = len({data.patients[case] for case in cases})
     return f"{len(cases)} test" + (f", of {patients} patients" if patients < len(cases) else "")
+
+
+class OneTable(Callback):
+    """After ``-m``: all jobs' rows in ``cases.csv``, and ``table.md``, in the sweep's folder."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            print(f"table: {one_table(Path(config.hydra.sweep.dir))}")
+        except (ValueError, FileNotFoundError) as error:  # Hydra would drop it
+            log.error("no table: %s", error)
+
+
+def one_table(folder: Path) -> Path:
+    """Merge the rows of the evaluations in a folder's own folders; returns the table's path.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they tested different cases, or one method twice.
+    """
+    files = sorted(folder.glob("*/cases.csv"))
+    if not files:
+        raise FileNotFoundError(f"expected evaluations with cases.csv, found none: {folder}")
+    tested = {file: (read_splits(file.parent) or {}).get("test") for file in files}
+    for file, cases in tested.items():
+        if cases != tested[files[0]]:
+            raise ValueError(
+                f"expected evaluations of the same test cases, got others in {file.parent} than in "
+                f"{files[0].parent}"
+            )
+    rows = pd.concat([read_rows(file).assign(file=str(file)) for file in files])
+    twice = rows[rows.duplicated(list(ROW_KEY), keep=False)]
+    if len(twice):
+        both = " and ".join(twice["file"].unique()[:2])
+        raise ValueError(
+            f"expected each method once, got {twice['method'].iloc[0]} with the same preset and "
+            f"seed in {both}"
+        )
+    rows = rows.drop(columns="file")
+    write_rows(folder / "cases.csv", rows)
+    quality, kept = headline(rows), headline(rows, KEPT_SCORES)
+    is_defined = bool(headline_scores(quality))
+    print_table(quality if is_defined else headline(rows, KEPT_SCORES[:5]), "All together")
+    tables = [quality, kept] if is_defined else [kept]
+    return write_atomically(folder / "table.md", "\n\n".join(map(to_markdown, tables)) + "\n")
 
 
 if __name__ == "__main__":

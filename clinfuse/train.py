@@ -19,6 +19,7 @@ from clinfuse.configuration import (
     CONFIG_PATH,
     add_draws,
     build_method,
+    checkpoint_content,
     checkpoint_of,
     in_one_sentence,
     quiet_libraries,
@@ -41,6 +42,7 @@ def main(cfg: DictConfig) -> float | None:
     checkpoint = None
     if cfg.resume:
         checkpoint = checkpoint_of(cfg.resume)
+        checkpoint_content(checkpoint)  # before the run's record is written anew
         cfg = resumed(cfg)
     else:
         cfg.name, cfg.method_name = str(cfg.name), str(cfg.method_name)  # known to Hydra alone
@@ -51,6 +53,8 @@ def main(cfg: DictConfig) -> float | None:
     data = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
     data.setup("fit")
+    if cfg.test:
+        data.setup("test")  # what cannot be tested is said now, not after the training
     method = build_method(cfg)
     if cfg.lesion_head is None and "lesion_head" in cfg.method:
         log.info(

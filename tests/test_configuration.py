@@ -223,6 +223,25 @@ def test_a_checkpoint_that_cannot_be_read_is_named(smoke_run, tmp_path):
         trained_method(run)
 
 
+@pytest.mark.parametrize("text", ["", "- a list\n", "seed: 0\n", "a: [unclosed\n"])
+def test_a_configuration_that_is_none_is_named(text, tmp_path):
+    path = tmp_path / ".hydra" / "config.yaml"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"expected a run's configuration.*{path}"):
+        run_config(tmp_path)
+
+
+def test_a_setting_that_has_to_be_given_is_named_on_the_command_line(capsys):
+    @in_one_sentence
+    def wants_a_root(cfg):
+        return cfg.data.root
+
+    with pytest.raises(SystemExit):
+        wants_a_root(OmegaConf.create({"data": {"root": "???"}}))
+    assert "expected data.root=VALUE on the command line" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_network_is_refused(smoke_run):
     cfg = run_config(smoke_run)
     cfg.network.channels = [8, 24]

@@ -7,9 +7,11 @@ import torch
 from omegaconf import OmegaConf
 
 from clinfuse.configuration import lesion_head_of, trained_method
-from clinfuse.evaluate import data_of, main, rule
+from clinfuse.data.splits import write_splits
+from clinfuse.evaluate import OneTable, data_of, main, one_table, rule
 from clinfuse.functional.psnr import psnr
 from clinfuse.methods.rules import Maximum, Weighted
+from clinfuse.reporting.rows import case_rows, read_rows, write_rows
 from clinfuse.train import main as train
 
 
@@ -216,15 +218,30 @@ def refusal(phantoms, folder, capsys, *overrides):
         (["method=average", "data=studies", "data.root=/no/such/data"], "folder.*/no/such/data"),
         (["method=average", "data=studies", "data.root=HEADS", "lesion_head=/no/such/head"],
          "a lesion head .a run of .* found no folder at /no/such/head"),
+        (["method=average", "data=studies"], "data.root=VALUE on the command line, got none"),
+        (["method=average", "data=studies", "data.root=HEADS", "misregistration_mm=2"],
+         r"misregistration_mm=\[LIST\], got 2"),
+        (["method=average", "data=studies", "data.root=HEADS", "misregistration_mm=[]"],
+         r"misregistration_mm=\[LIST\], got \[\]"),
+        (["method=average", "data=studies", "data.root=HEADS", "misregistration_mm=[far]"],
+         "numbers in misregistration_mm, got .'far'"),
+        (["run=5"], "found none in 5"),
     ],
     ids=["nothing", "no_run", "misspelt", "untrained", "untrained_method", "mask",
-         "mask_without_head", "data", "head"],
+         "mask_without_head", "data", "head", "no_root", "no_list", "empty_list", "no_number",
+         "number_for_a_run"],
 )  # fmt: skip
 def test_what_cannot_be_scored_is_refused_in_a_sentence(
     overrides, words, phantoms, tmp_path, capsys
 ):
     overrides = [override.replace("HEADS", str(phantoms.root)) for override in overrides]
     assert re.search(words, refusal(phantoms, tmp_path, capsys, *overrides))
+
+
+def test_a_run_on_volumes_is_not_scored_on_slices(smoke_run, phantoms, tmp_path, capsys):
+    overrides = (f"run={smoke_run}", "data=phantom_slices", "misregistration_mm=[0]")
+    sentence = refusal(phantoms, tmp_path, capsys, *overrides)
+    assert f"images of 2 axes, as the data has, got one trained on 3: {smoke_run}" in sentence
 
 
 def test_a_bad_study_among_the_test_cases_is_named_and_nothing_is_written(
@@ -237,3 +254,53 @@ def test_a_bad_study_among_the_test_cases_is_named_and_nothing_is_written(
     overrides = ("method=average", "data=studies", f"data.root={cohort}")
     sentence = refusal(phantoms, tmp_path / "out", capsys, *overrides)
     assert "mri.nii.gz" in sentence and case in sentence
+
+
+@pytest.fixture
+def evaluations(tmp_path):
+    """Two folders as ``-m method=average,maximum`` leaves them, of two cases."""
+    for job, method in enumerate(("average", "maximum")):
+        scores = [("whole", "ssim", 0.5 + 0.1 * job), ("whole", "qabf", 0.4)]
+        facts = {"preset": "default", "seed": 0, "misregistration_mm": 0.0}
+        facts |= {"mask_source": "expert", "steps": 0}
+        rows = [r for c in "ab" for r in case_rows(scores, case_id=c, method=method, **facts)]
+        write_rows(tmp_path / str(job) / "cases.csv", rows)
+        lists = {"train": ["c"], "val": [], "test": ["a", "b"]}
+        write_splits(tmp_path / str(job) / "splits.json", lists, "here")
+    return tmp_path
+
+
+def test_a_multirun_over_methods_ends_in_one_table(evaluations, capsys):
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(evaluations)}}})
+    OneTable().on_multirun_end(config)
+    assert "All together" in capsys.readouterr().out
+    rows = read_rows(evaluations / "cases.csv")
+    assert rows.groupby("method").size().to_dict() == {"average": 4, "maximum": 4}
+    table = (evaluations / "table.md").read_text()
+    assert "average" in table and "0.600" in table and "Qabf" in table
+
+
+def test_a_table_of_different_test_cases_is_refused(evaluations, caplog):
+    lists = {"train": [], "val": [], "test": ["a"]}
+    write_splits(evaluations / "1" / "splits.json", lists, "elsewhere")
+    with pytest.raises(ValueError, match="expected evaluations of the same test cases"):
+        one_table(evaluations)
+    OneTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(evaluations)}}}))
+    assert "same test cases" in caplog.text and not (evaluations / "table.md").exists()
+
+
+def test_a_table_of_one_method_twice_is_refused(evaluations):
+    shutil.copytree(evaluations / "0", evaluations / "2")
+    with pytest.raises(ValueError, match="each method once, got average"):
+        one_table(evaluations)
+
+
+def test_the_command_line_runs_the_table_after_a_multirun(entry_point, tmp_path):
+    done = entry_point(
+        "clinfuse.evaluate", "-m", "method=average,maximum", "data=phantom_slices",
+        "phantom_slices.patients=3", "phantom_slices.slices=1", "phantom_slices.shape=[48,48]",
+        "misregistration_mm=[0]", f"cache_dir={tmp_path}/cache", f"hydra.sweep.dir={tmp_path}/all",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert set(read_rows(tmp_path / "all" / "cases.csv")["method"]) == {"average", "maximum"}
+    assert f"table: {tmp_path}/all/table.md" in done.stdout

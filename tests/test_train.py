@@ -278,9 +278,31 @@ def test_phantoms_are_not_written_among_a_users_own_studies(phantoms, tmp_path, 
 def test_what_cannot_be_resumed_is_refused(phantoms, tmp_path, capsys, made):
     if made:
         (tmp_path / ".hydra").mkdir()
-        (tmp_path / ".hydra" / "config.yaml").write_text("seed: 0\n")
+        (tmp_path / ".hydra" / "config.yaml").write_text("method: {}\ndata: {}\n")
     sentence = refusal(phantoms.config(f"resume={tmp_path}", folder=tmp_path), capsys)
     assert str(Path("checkpoints") / "last.ckpt") in sentence or ".hydra/config.yaml" in sentence
+
+
+def test_a_damaged_checkpoint_is_not_resumed_and_the_record_stays(
+    smoke_run, phantoms, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(smoke_run, folder)
+    last, record = folder / "checkpoints" / "last.ckpt", (folder / "facts.json").read_bytes()
+    last.write_bytes(last.read_bytes()[:1000])
+    sentence = refusal(phantoms.config(f"resume={folder}", folder=folder), capsys)
+    assert f"expected a readable checkpoint, got RuntimeError: {last}" in sentence
+    assert (folder / "facts.json").read_bytes() == record
+
+
+def test_what_cannot_be_tested_is_said_before_the_training(phantoms, tmp_path, capsys):
+    lists = "data.splits={train: [1, 2], val: [3], test: []}"
+    slices = ("data=phantom_slices", "phantom_slices.patients=3", "phantom_slices.slices=1")
+    cfg = phantoms.config(
+        "experiment=smoke", *slices, lists, "method=trainable_wavelet", folder=tmp_path
+    )
+    assert "expected pairs to test with, got none" in refusal(cfg, capsys)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_an_unknown_preset_is_refused_with_those_that_exist(entry_point, tmp_path):

@@ -15,8 +15,8 @@ from clinfuse.functional.eight_bit import case_sums, eight_bit_slices
 WINDOW = 3
 """Pixels a side of the windows whose features are compared."""
 
-CHUNK = 8192
-"""Windows compared at a time: what then lies in memory fits into a processor's cache."""
+CHUNK = 16384
+"""Windows compared at a time: of more, what lies in memory leaves a processor's cache."""
 
 
 def fmi_pixel(
@@ -72,14 +72,14 @@ def _fmi(feature: Callable[[Tensor], Tensor], *images: Tensor) -> Tensor:
 
 @dataclass
 class Windows:
-    """The 3 x 3 windows of pictures, each at the place of its first pixel in a row of all pixels.
+    """The 3 x 3 windows of pictures, by their first pixels in the row of all pixels.
 
-    Those that begin at a right or lower edge run on into what follows, and nobody is told of them.
+    Those that begin near a right or lower edge run on into what follows; their scores are dropped.
 
     Attributes:
         feature: of every pixel.
-        excess: what a window's features are above their least, less what its largest is: above 0
-            where more than one feature is above the least.
+        excess: the sum of what a window's features are above their least, less the largest of it:
+            above 0 where more than one is above the least.
     """
 
     feature: Float[Tensor, "s h w"]
@@ -111,7 +111,8 @@ def window_scores(a: Windows, b: Windows) -> Float[Tensor, "s h_inside w_inside"
     is_compared = torch.minimum(torch.minimum(a.excess, b.excess), difference).clamp_(min=0).bool()
     scores = torch.zeros_like(a.feature).flatten()
     torch.sub(1, difference.sign_(), out=scores[: len(difference)])
-    for some in is_compared.nonzero()[:, 0].split(CHUNK):
+    compared = is_compared.nonzero()[:, 0]
+    for some in compared.chunk(len(compared) // CHUNK + 1):
         room = scores.new_empty(2, WINDOW**2, 2, len(some))
         a.look_up(some, out=room[0, :, 0])
         b.look_up(some, out=room[0, :, 1])
@@ -127,12 +128,12 @@ def _over_windows(of_two: Callable[[Tensor, Tensor], Tensor], feature: Tensor) -
 
 
 def _information(room: Tensor) -> Tensor:
-    """2 I(p, q) / (H(p) + H(q)) of two windows' features (l, 2, n), as distributions over l places.
+    """2 I(p, q) / (H(p) + H(q)) of distributions over the l places of two windows.
 
-    Memory, more than arithmetic, takes the time, so little of it is used, and all of it again.
+    Reading and writing take longer than arithmetic, so few tensors are made and all used again.
 
     Args:
-        room: the features, and as much memory again.
+        room: features (l, 2, n) of both windows, and memory for as many, of which none is kept.
     """
     shares, spare = room
     known = _known(len(shares), room.device)
@@ -147,8 +148,8 @@ def _information(room: Tensor) -> Tensor:
     q.lerp_(q.flip(0), (covariance < 0).to(q.dtype))
     mean, square = (known.moments @ shares.flatten(1)).unflatten(1, (2, -1))
     cuts, product = _upper_bound(p, q, room)
-    # E(ij) = (E(i^2) + E(j^2) - E((i - j)^2)) / 2, and the distances of all pairs of cuts add up to
-    # E((i - j)^2) and twice those of pairs of p's and of q's, which are (l // 2)^2 - E(i^2).
+    # Of places, E(ij) = (E(i^2) + E(j^2) - E((i - j)^2)) / 2. Distances of all pairs of cuts add up
+    # to E((i - j)^2) and twice those of p's own and of q's own, which are (l // 2)^2 - E(i^2).
     distances = known.distances @ cuts[1:-2]
     shared = 2 * (len(p) // 2) ** 2 - (square.sum(0) + distances) / 2 - mean.prod(0)
     scale = ((square - mean.square()).prod(0) / spread).sqrt()
@@ -170,9 +171,12 @@ def _upper_bound(p: Tensor, q: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     It pairs the two in order: both distribution functions cut [0, 1] into pieces, and a piece is
     the mass of the one cell (i, j) whose steps of p and of q it lies in.
 
+    Args:
+        room: memory for 4 l rows, which p and q may be in: they are no longer needed after.
+
     Returns:
-        The cuts from 0 to 1, one piece between each two, and 1 again, for all cells off the path
-            have no mass together; p_i q_j of each piece's cell, and of all cells off the path.
+        The cuts from 0 to 1, a piece between each two, and 1 again: cells off the path have no
+        mass. Then p_i q_j of each piece's cell, and that of all cells off the path.
     """
     known = _known(len(p), p.device)
     cuts = p.new_empty(2 * len(p) + 1, p.shape[1])
@@ -204,8 +208,12 @@ def _upper_bound(p: Tensor, q: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
 def _merge(rows: Tensor, spare: Tensor) -> Tensor:
     """Rows put in rising order, and 1 where they are of the first half, else 0.
 
-    The first half rises, the second falls, of 2, 8, 32 ... rows each, and none is negative. Batcher (1968): a bitonic merge, every column at once. Floating-point numbers that
-    are not negative rise as their bits read as integers do; the last bit says whose a row is.
+    The first half rises, the second falls, 2, 8 or 32 rows each, and none is negative. Batcher
+    (1968): a bitonic merge, every column at once. Floating-point numbers that are not negative rise
+    as their bits read as integers do; the last bit says whose a row is.
+
+    Args:
+        spare: memory for as many rows, which those returned are in.
     """
     bits, other = rows.view(torch.int32), spare.view(torch.int32)
     stride = len(rows) // 2

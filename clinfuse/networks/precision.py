@@ -14,16 +14,33 @@ class SmallSafeConv3d(nn.Conv3d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        is_tiny = min(-(-n // s) for n, s in zip(input.shape[2:], self.stride, strict=True)) <= 2
-        if not (is_tiny and input.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+        if not _leaves_bfloat16(self, input):
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.float())
+
+
+class SmallSafeConv2d(nn.Conv2d):
+    """The same of slices: there a stride of two over one pixel gives such a gradient."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _leaves_bfloat16(self, input):
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             return super().forward(input.float())
 
 
 def with_safe_convolutions(network: nn.Module) -> nn.Module:
-    """The network itself, every 3-D convolution in it made a ``SmallSafeConv3d``, weights kept."""
+    """The network itself, every convolution in it made a safe one, weights kept."""
     for module in network.modules():
         if type(module) is nn.Conv3d:
             module.__class__ = SmallSafeConv3d
+        elif type(module) is nn.Conv2d:
+            module.__class__ = SmallSafeConv2d
     return network
+
+
+def _leaves_bfloat16(convolution: nn.Conv2d | nn.Conv3d, input: Tensor) -> bool:
+    sizes = zip(input.shape[2:], convolution.stride, strict=True)
+    is_tiny = min(-(-n // s) for n, s in sizes) <= 2
+    return is_tiny and input.device.type == "cpu" and torch.is_autocast_enabled("cpu")

@@ -43,6 +43,8 @@ SLICES = (
     "data.patch_shape=[128,128]",
     f"data.draws_per_epoch={DRAWS}",
     "callbacks.ema.decay=0.98",
+    "network.channels=[16, 24, 32, 48]",
+    "network.encoder_channels=4",
     *QUIET,
 )
 
@@ -53,12 +55,13 @@ DATA = {
     ),
     "spect_mri": (
         "data=harvard_spect_mri",
-        "data.splits={train: [11, 15, 18, 22, 25, 3, 4, 40, 10, 29], val: [], test: [28, 35]}",
+        "data.splits={train: [11, 15, 18, 22, 25, 3], val: [], test: [28, 35]}",
     ),
     "vis_ir": ("data=visible_infrared", "data.splits={train: [all], val: [], test: []}"),
     "phantom": ("data=phantom", "phantoms.cases=24", "data.draws_per_epoch=24"),
 }
-"""The cases of each set: test patients are those that ``make_splits`` draws with seed 42."""
+"""The cases of each set. ``make_splits`` with seed 42 has drawn the test patients (of CT-MRI a
+quarter); of SPECT-MRI's eight training patients the first six by name are taken."""
 
 ROOTS = {"ct_mri": "harvard_aanlib", "spect_mri": "harvard_aanlib", "vis_ir": "roadscene"}
 

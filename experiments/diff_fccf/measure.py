@@ -84,7 +84,8 @@ def measured(method: DiffFccf, pair: Slice, index: int) -> dict:
         "error_after_px": round(after, 4),
         "noise_left": round(left.item(), 6),
         "noise_in_average": round(in_average.item(), 6),
-        "hue_off_deg": round(hue_off_deg(method.fuse_colour(moved), functional), 3),
+        "hue_off_deg": round(hue_off_deg(colour := method.fuse_colour(moved), functional), 3),
+        "colour_kept": round(colour_kept(colour, functional), 4),
     }
 
 
@@ -94,6 +95,12 @@ def hue_off_deg(fused: torch.Tensor, functional: torch.Tensor) -> float:
     cross = ours[:, 0] * theirs[:, 1] - ours[:, 1] * theirs[:, 0]
     angle = torch.rad2deg(torch.atan2(cross, (ours * theirs).sum(1))).abs()
     return float(angle[(ours.norm(dim=1) > COLOURED) & (theirs.norm(dim=1) > COLOURED)].median())
+
+
+def colour_kept(fused: torch.Tensor, functional: torch.Tensor) -> float:
+    """Share of the registered source's coloured pixels that are coloured in the fused picture."""
+    there = functional[:, 1:].norm(dim=1) / 2 > COLOURED
+    return float((fused[:, 1:].norm(dim=1) > COLOURED / 2)[there].float().mean())
 
 
 def print_table(rows: list[dict]) -> None:

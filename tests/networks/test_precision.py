@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinfuse.networks.precision import SmallSafeConv3d, with_safe_convolutions
+from clinfuse.networks.precision import SmallSafeConv2d, SmallSafeConv3d, with_safe_convolutions
 
 TINY = (2, 6, 6)
 """Spatial shape at the bottom of a U-Net on thick slices."""
@@ -45,6 +45,15 @@ def test_under_autocast_the_weight_gradient_of_a_tiny_output_is_that_of_single_p
         torch.testing.assert_close(weight_gradient(safe, x, autocast=True), exact)
 
 
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_so_it_is_for_a_slice_of_one_pixel_that_is_strided_over(side):
+    safe = SmallSafeConv2d(32, 64, 3, stride=2, padding=1)
+    for seed in range(5):
+        x = torch.randn(1, 32, side, side, generator=torch.Generator().manual_seed(seed))
+        exact = weight_gradient(safe, x, autocast=False)
+        torch.testing.assert_close(weight_gradient(safe, x, autocast=True), exact)
+
+
 def test_pytorchs_own_gradient_is_wrong_there_which_is_why_ours_exists():
     plain, _ = pair()
     worst = 0.0
@@ -77,7 +86,7 @@ def network():
     )  # fmt: skip
 
 
-def test_every_3d_convolution_is_made_safe_in_place_and_nothing_else():
+def test_every_plain_convolution_is_made_safe_in_place_and_nothing_else():
     before = network()
     weights = [id(p) for p in before.parameters()]
     after = with_safe_convolutions(before)
@@ -85,7 +94,7 @@ def test_every_3d_convolution_is_made_safe_in_place_and_nothing_else():
     assert [id(p) for p in after.parameters()] == weights
     kinds = [type(m) for m in after.modules() if not isinstance(m, nn.Sequential)]
     assert kinds == [
-        SmallSafeConv3d, nn.SiLU, SmallSafeConv3d, Inherited, nn.ConvTranspose3d, nn.Conv2d,
+        SmallSafeConv3d, nn.SiLU, SmallSafeConv3d, Inherited, nn.ConvTranspose3d, SmallSafeConv2d,
     ]  # fmt: skip
 
 
