@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from run import METHODS, RULES
+from run import METHODS, RULES, SLICE_RULES
 
 from clinfuse.configuration import register_resolvers, run_config, trained_method
 from clinfuse.evaluate import rule
@@ -30,8 +30,9 @@ COLUMNS = (
 
 def main(which: str, folder: str, out: str) -> None:
     runs = [Path(folder) / which / name for name in METHODS[which]]
+    rules = RULES if which == "phantom" else SLICE_RULES
     rows = []
-    for name in (*RULES, *runs):
+    for name in (*rules, *runs):
         command = [sys.executable, __file__, "--one", str(runs[0]), str(name)]
         answer = subprocess.run(command, check=True, capture_output=True, text=True)
         row = json.loads(answer.stdout.splitlines()[-1])
