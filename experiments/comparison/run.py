@@ -11,7 +11,7 @@ command goes on where it was stopped. With METHODs only these are trained, and n
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -98,7 +98,10 @@ VOLUME_METHODS = {
 }
 METHODS = {
     "ct_mri": SLICE_METHODS,
-    "spect_mri": SLICE_METHODS,
+    "spect_mri": {
+        name: replace(training, epochs=max(round(0.6 * training.epochs), 2))
+        for name, training in SLICE_METHODS.items()
+    },
     "phantom": VOLUME_METHODS,
     "vis_ir": {
         "transfer_fusion": Training(
