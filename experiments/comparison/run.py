@@ -58,7 +58,12 @@ DATA = {
         "data.splits={train: [11, 15, 18, 22, 25, 3], val: [], test: [28, 35]}",
     ),
     "vis_ir": ("data=visible_infrared", "data.splits={train: [all], val: [], test: []}"),
-    "phantom": ("data=phantom", "phantoms.cases=24", "data.draws_per_epoch=24"),
+    "phantom": (
+        "data=phantom",
+        "phantoms.cases=24",
+        "data.draws_per_epoch=24",
+        "callbacks.ema.decay=0.9",
+    ),
 }
 """The cases of each set. ``make_splits`` with seed 42 has drawn the test patients (of CT-MRI a
 quarter); of SPECT-MRI's eight training patients the first six by name are taken."""
@@ -90,7 +95,7 @@ VOLUME_METHODS = {
     "trainable_wavelet": Training(epochs=4),
     "resnet_fusion": Training(epochs=2),
     "transfer_fusion": Training((*HALF_WIDTH, "optimizer.lr=5e-4"), 2),
-    "diff_fccf": Training(epochs=4),
+    "diff_fccf": Training(("optimizer.lr=1e-3",), 4),
     "ttt_fusion": Training(U_NET, 3),
     "deterministic_unet": Training(("experiment=demo",), 4),
     "diffusion_unguided": Training(("experiment=demo",), 8),
