@@ -8,7 +8,6 @@ from typing import Any
 
 import hydra
 import lightning
-import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
@@ -33,7 +32,8 @@ from clinfuse.configuration import (
 from clinfuse.data.splits import read_splits
 from clinfuse.metrics.calibration import Calibration
 from clinfuse.reporting.atomic import write_atomically
-from clinfuse.reporting.rows import ROW_KEY, read_rows, write_rows
+from clinfuse.reporting.collection import Scored, merged
+from clinfuse.reporting.rows import read_rows, write_rows
 from clinfuse.reporting.tables import (
     KEPT_SCORES,
     headline,
@@ -189,21 +189,7 @@ def one_table(folder: Path) -> Path:
     if not files:
         raise FileNotFoundError(f"expected evaluations with cases.csv, found none: {folder}")
     tested = {file: (read_splits(file.parent) or {}).get("test") for file in files}
-    for file, cases in tested.items():
-        if cases != tested[files[0]]:
-            raise ValueError(
-                f"expected evaluations of the same test cases, got others in {file.parent} than in "
-                f"{files[0].parent}"
-            )
-    rows = pd.concat([read_rows(file).assign(file=str(file)) for file in files])
-    twice = rows[rows.duplicated(list(ROW_KEY), keep=False)]
-    if len(twice):
-        both = " and ".join(twice["file"].unique()[:2])
-        raise ValueError(
-            f"expected each method once, got {twice['method'].iloc[0]} with the same preset and "
-            f"seed in {both}"
-        )
-    rows = rows.drop(columns="file")
+    rows = merged([Scored(str(file.parent), read_rows(file), tested[file]) for file in files])
     write_rows(folder / "cases.csv", rows)
     quality, kept = headline(rows), headline(rows, KEPT_SCORES)
     is_defined = bool(headline_scores(quality))

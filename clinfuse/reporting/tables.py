@@ -40,6 +40,14 @@ KEPT_SCORES = tuple(
 )
 """What the fusion field asks of a picture: how much it keeps of both sources, how much it shows."""
 
+LESION_SCORES = (("lesion", "dice"), ("lesion", "nsd"), ("lesion", "hd95"))
+"""How well a lesion head finds the lesion in what was fused."""
+
+SEEN_SCORES = tuple(
+    (roi, metric) for roi in ("lesion", "findings") for metric in ("conspicuity", "conspicuity_min")
+)
+"""How visible findings stay: a case's median finding and its lowest."""
+
 NEITHER_IS_BETTER = frozenset({"coverage"})
 """Metrics with an aim of their own, of which none is best: coverage should be the level."""
 
@@ -92,12 +100,17 @@ _NAMES = {
 
 
 class Cell(NamedTuple):
-    """One score of one method as text: ``mean``, ``interval``, a ``note`` where cases lack."""
+    """One score of one method as text: ``mean``, ``interval``, a ``note`` where cases lack.
+
+    ``half_width`` is half of the interval's.
+    """
 
     mean: str
     interval: str
     note: str
     is_best: bool
+    is_second: bool = False
+    half_width: str = ""
 
 
 _NO_CELL = Cell(_DASH, "", "", is_best=False)
@@ -334,25 +347,34 @@ def score_label(roi: str, metric: str) -> str:
 def score_cells(table: pd.DataFrame, roi: str, metric: str) -> dict[str, list[Cell]]:
     """Per method, one ``Cell`` for each of ``amplitudes_mm``.
 
-    Best is the best mean of its column as printed, so equal numbers are marked alike; one method
-    alone is not best. The note says how many cases (and patients) counted where that is not the
-    table's largest number, and how many values were undefined.
+    Best is the best mean of its column as printed, so equal numbers are marked alike, and second
+    the next number, however many are best; one method alone is neither. The note says how many
+    cases (and patients) counted where that is not the table's largest number, and how many values
+    were undefined.
     """
     part = score_columns(table, roi, metric)
     decimals = 1 if metric in _UNITS else 3
     amplitudes = amplitudes_mm(table, roi, metric)
-    means = part.xs("mean", axis=1, level=1).round(decimals)
-    best = (means.min() if metric in LOWER_IS_BETTER else means.max()).to_numpy(float)
+    means = pd.DataFrame(part.xs("mean", axis=1, level=1)).round(decimals)
     if metric in NEITHER_IS_BETTER or len(table) < 2:
-        best = np.full(len(best), np.nan)
+        means = means * np.nan
+    best = _best(means, metric)
+    second = _best(means.mask(means == best), metric)
     most = (_largest(table, "n"), _largest(table, "patients"))
     return {
         str(method): [
-            _cell(part.loc[method, amplitude], decimals, best[column], *most)
+            _cell(part.loc[method, amplitude], decimals, best[column], second[column], *most)
             for column, amplitude in enumerate(amplitudes)
         ]
         for method in table.index
     }
+
+
+def better(metric: str) -> str:
+    """An arrow towards the better values of a metric; none where it has an aim of its own."""
+    if metric in NEITHER_IS_BETTER:
+        return ""
+    return "↓" if metric in LOWER_IS_BETTER else "↑"
 
 
 def score_blocks(table: pd.DataFrame) -> list[Block]:
@@ -434,7 +456,9 @@ def paired_differences(
 
     Returns:
         One row a baseline, score and amplitude: method (the baseline), misregistration_mm, roi,
-        metric, difference, low, high, n, p, p_holm. ``n`` is the number of patients compared.
+        metric, difference, low, high, n, p, rank_biserial, p_holm. ``n`` is the number of patients
+        compared, ``rank_biserial`` the effect that the test looks at (Kerby (2014)): the share of
+        ranks where ours is larger less that where it is smaller, in [-1, 1].
 
     Raises:
         ValueError: no row is from ``ours``.
@@ -455,9 +479,9 @@ def paired_differences(
             interval = bootstrap_interval(values, resamples=resamples, patients=patients.tolist())
             mean = float(values.mean()) if len(values) else float("nan")
             of_patient = difference.groupby(level=0, sort=False).mean().to_numpy(float)
-            n, p = len(of_patient), _wilcoxon(of_patient)
-            records.append((method, amplitude, roi, metric, mean, *interval, n, p))
-    columns = [*_GROUPS, "roi", "metric", "difference", "low", "high", "n", "p"]
+            test = (len(of_patient), _wilcoxon(of_patient), _rank_biserial(of_patient))
+            records.append((method, amplitude, roi, metric, mean, *interval, *test))
+    columns = [*_GROUPS, "roi", "metric", "difference", "low", "high", "n", "p", "rank_biserial"]
     table = pd.DataFrame(records, columns=columns)
     table["p_holm"] = table.groupby(keys)["p"].transform(lambda p: holm(p.to_numpy(float)))
     return _in_order(table, [*_GROUPS, "roi", "metric"], frame)
@@ -545,6 +569,19 @@ def _wilcoxon(difference: Float[np.ndarray, " n"]) -> float:
     return float(stats.wilcoxon(difference).pvalue)
 
 
+def _rank_biserial(difference: Float[np.ndarray, " n"]) -> float:
+    if not len(difference):
+        return float("nan")
+    moved = difference[difference != 0]
+    ranks = stats.rankdata(np.abs(moved))
+    return float((np.sign(moved) * ranks).sum() / ranks.sum()) if len(moved) else 0.0
+
+
+def _best(means: pd.DataFrame, metric: str) -> Float[np.ndarray, " columns"]:
+    """The best number of each column; NaN where it has none."""
+    return (means.min() if metric in LOWER_IS_BETTER else means.max()).to_numpy(float)
+
+
 def _all_amplitudes_mm(table: pd.DataFrame) -> list[float]:
     """Rising, of any score of a headline table."""
     return sorted({a for score in headline_scores(table) for a in amplitudes_mm(table, *score)})
@@ -565,7 +602,12 @@ def _patients(number: float) -> str:
 
 
 def _cell(
-    values: pd.Series, decimals: int, best: float, most_cases: float, most_patients: float
+    values: pd.Series,
+    decimals: int,
+    best: float,
+    second: float,
+    most_cases: float,
+    most_patients: float,
 ) -> Cell:
     mean, low, high, n, patients, undefined = (float(values[name]) for name in STATISTICS)
     of = f" of {_patients(patients)}" if n and patients < most_patients < most_cases else ""
@@ -576,6 +618,8 @@ def _cell(
         interval=_interval(low, high, decimals),
         note=", ".join(notes),
         is_best=bool(np.round(mean, decimals) == best),
+        is_second=bool(np.round(mean, decimals) == second),
+        half_width="" if np.isnan(low) else f"{(high - low) / 2:.{decimals}f}",
     )
 
 

@@ -13,6 +13,7 @@ from clinfuse.reporting.tables import (
     HEADLINE_SCORES,
     STATISTICS,
     amplitudes_mm,
+    better,
     bootstrap_interval,
     conspicuity_table,
     footnote,
@@ -189,9 +190,42 @@ def test_means_that_print_alike_are_best_together():
     assert [cells[m][0].is_best for m in "ab"] == [True, True]
 
 
+def test_second_is_the_next_number_however_many_are_best():
+    levels = {"a": 20.01, "b": 20.04, "c": 19.0, "d": 19.02, "e": 5.0}
+    cells = score_cells(headline([r for m, v in levels.items() for r in rows_of(m, [v])]),
+                        "bone", "psnr")  # fmt: skip
+    assert [cells[m][0].is_best for m in "abcde"] == [True, True, False, False, False]
+    assert [cells[m][0].is_second for m in "abcde"] == [False, False, True, True, False]
+    distances = [r for m, v in levels.items() for r in rows_of(m, [v], "lesion", "hd95")]
+    cells = score_cells(headline(distances, [("lesion", "hd95")]), "lesion", "hd95")
+    assert [m for m in "abcde" if cells[m][0].is_best] == ["e"]
+    assert [m for m in "abcde" if cells[m][0].is_second] == ["c", "d"]
+
+
+def test_where_all_are_best_none_is_second():
+    cells = score_cells(headline(rows_of("a", [1.0]) + rows_of("b", [1.0])), "bone", "psnr")
+    assert [(cells[m][0].is_best, cells[m][0].is_second) for m in "ab"] == [(True, False)] * 2
+
+
+def test_a_cells_half_width_is_half_of_its_interval(rows):
+    [(low, high)] = (
+        summary(rows)
+        .query("method == 'ours' and roi == 'brain' and misregistration_mm == 0")[["low", "high"]]
+        .to_numpy()
+    )
+    [cell, _] = score_cells(headline(rows), "brain", "ssim")["ours"]
+    assert cell.half_width == f"{(high - low) / 2:.3f}"
+
+
+@pytest.mark.parametrize("metric, arrow", [("psnr", "↑"), ("hd95", "↓"), ("coverage", "")])
+def test_an_arrow_points_to_the_better_values(metric, arrow):
+    assert better(metric) == arrow
+
+
 def test_one_method_alone_is_not_best():
     table = headline(rows_of("a", [20.0, 21.0, 22.0]))
-    assert not score_cells(table, "bone", "psnr")["a"][0].is_best
+    [cell] = score_cells(table, "bone", "psnr")["a"]
+    assert not cell.is_best and not cell.is_second
     assert "bold" not in footnote(table)
 
 
@@ -262,6 +296,18 @@ def test_slices_are_paired_but_patients_are_tested():
     # of 16 ways to sign ranks 1 to 4, four are as uneven as 1 against 9
     expected = bootstrap_interval(difference, patients=OF_FOUR)
     assert (line["low"], line["high"]) == pytest.approx(expected)
+
+
+def test_the_rank_biserial_correlation_is_of_scipys_rank_sums():
+    random = np.random.default_rng(4)
+    ours, other = random.normal(0.3, 1, 11), random.normal(0, 1, 11)
+    other[2] = ours[2]  # no difference has no rank: ten are left, whose ranks sum to 55
+    made = rows_of("ours", ours) + rows_of("other", other)
+    [line] = paired_differences(made, "ours").to_dict("records")
+    sum_above = stats.wilcoxon(np.delete(ours - other, 2), alternative="greater").statistic
+    assert line["rank_biserial"] == pytest.approx((sum_above - (55 - sum_above)) / 55)
+    alike = rows_of("ours", [1.0, 2.0]) + rows_of("twin", [1.0, 2.0])
+    assert paired_differences(alike, "ours")["rank_biserial"].item() == 0
 
 
 def test_holm_agrees_with_a_table_worked_by_hand():
