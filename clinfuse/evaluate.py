@@ -1,5 +1,6 @@
 """Score runs and rules on the same perturbed cases: ``python -m clinfuse.evaluate run=RUN``."""
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -94,6 +95,8 @@ def main(cfg: DictConfig) -> None:
         print(f"scoring {name}", flush=True)
         trainer.test(method, datamodule=data, verbose=False)
     data.write_splits(Path(cfg.out) / "splits.json")
+    record = {**run_facts(), "seed": cfg.seed, "data": {"root": str(data.root)}}
+    write_atomically(Path(cfg.out) / "facts.json", json.dumps(record, indent=1) + "\n")
     print(f"report: {recorder.write()}")
 
 

@@ -156,12 +156,15 @@ def is_of_a_run(folder: Path) -> bool:
 
 
 def config_of(folder: Path) -> DictConfig | None:
-    """What Hydra recorded in a folder; None where it has not been.
+    """The configuration that Hydra recorded in a folder; None where it has not been.
 
     Raises:
         ValueError: it cannot be read.
     """
-    path = folder / CONFIG
+    return _yaml(folder / CONFIG)
+
+
+def _yaml(path: Path) -> DictConfig | None:
     if not path.is_file():
         return None
     try:
@@ -186,15 +189,13 @@ def read_scored(folder: Path) -> Scored:
     if rows.empty:
         raise ValueError(f"has no rows in its {CASES}")
     facts = [_json(folder / "facts.json")]
-    recorded = facts[0].get("data") or {}
-    data = {}
-    if cfg is not None:
-        runs = runs_scored(folder, cfg)
-        facts += [_json(run / "facts.json") for run in runs]
-        chosen = cfg if not _is_evaluation(cfg) or _chose_data(folder, cfg) else None
-        if chosen is None and runs:
-            chosen = config_of(runs[0])
-        data = _resolved(chosen.data) if chosen is not None else {}
+    recorded = facts[0].get("data")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    runs = [] if cfg is None else runs_scored(folder, cfg)
+    facts += [_json(run / "facts.json") for run in runs]
+    if cfg is not None and _is_evaluation(cfg) and not _chose_data(folder, cfg):
+        cfg = config_of(runs[0]) if runs else None
+    data = {} if cfg is None else _resolved(cfg.get("data"))
     splits = read_splits(folder)
     source = [_json(folder / name).get("source") for name in SPLITS_FILES if splits]
     return Scored(
@@ -224,12 +225,8 @@ def _is_evaluation(cfg: DictConfig) -> bool:
 def _chose_data(folder: Path, cfg: DictConfig) -> bool:
     """Whether an evaluation was of the data in its own configuration, not of its first run's."""
     path = folder / ".hydra" / "overrides.yaml"
-    try:
-        overrides = yaml.safe_load(path.read_text()) if path.is_file() else []
-    except (yaml.YAMLError, UnicodeDecodeError):
-        overrides = []
-    groups = [re.split(r"[=.@]", str(override).lstrip("+~"))[0] for override in overrides or []]
-    return cfg.get("run") is None or "data" in groups
+    text = path.read_text() if path.is_file() else ""
+    return cfg.get("run") is None or re.search(r"^\W*data[=.@]", text, re.MULTILINE) is not None
 
 
 def runs_scored(folder: Path, cfg: DictConfig) -> list[Path]:
@@ -237,15 +234,17 @@ def runs_scored(folder: Path, cfg: DictConfig) -> list[Path]:
     if not _is_evaluation(cfg) or cfg.get("run") is None:
         return []
     named = cfg.run if isinstance(cfg.run, ListConfig) else [cfg.run]
-    path = folder / ".hydra" / "hydra.yaml"
-    recorded = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    recorded = _yaml(folder / ".hydra" / "hydra.yaml") or OmegaConf.create()
     then = OmegaConf.select(recorded, "hydra.runtime.cwd", default=".")
-    places = [[Path(str(then)) / str(run), Path(str(run))] for run in named]
+    asked = [Path(str(run)) for run in named]
+    places = [[Path(str(then)) / run, run, folder / run.name] for run in asked]
     found = [[place for place in of if (place / CONFIG).is_file()] for of in places]
     return [of[0] for of in found if of]
 
 
 def _resolved(node: Any) -> dict[str, Any]:
+    if not OmegaConf.is_config(node):
+        return {}
     try:
         plain = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
@@ -324,7 +323,8 @@ def write_tables(
     """
     scored, left_out = collected.scored, collected.left_out
     if not scored:
-        reasons = "; ".join(map(str, left_out)) or "nothing was asked for"
+        reasons = "; ".join(map(str, left_out[:3])) or "nothing was asked for"
+        reasons += f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         raise ValueError(f"expected folders with {CASES}, got none: {reasons}")
     if out.resolve() in {Path(part.folder).resolve() for part in scored}:
         raise ValueError(f"expected a folder of its own as out, got one of the scores: {out}")

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 
@@ -34,6 +35,11 @@ def evaluated(smoke_run, phantoms, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(evaluated):
     return pd.read_csv(evaluated / "cases.csv")
+
+
+def test_an_evaluation_records_what_it_was_made_with(evaluated):
+    facts = json.loads((evaluated / "facts.json").read_text())
+    assert {"commit", "torch", "python"} <= facts.keys() and facts["data"]["root"]
 
 
 def test_one_table_holds_every_method_at_every_amplitude(evaluated, rows):

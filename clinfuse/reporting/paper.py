@@ -232,7 +232,7 @@ def _caption(
     title: str, long: pd.DataFrame, ours: str | None, cases: int, patients: int
 ) -> list[str]:
     defined, of = int(long["n"].max()), int(long["patients"].max())
-    are_of = f"{cases} test cases of {_count(patients, 'patient')}"
+    are_of = f"{_count(cases, 'test case')} of {_count(patients, 'patient')}"
     if defined < cases:
         are_of = f"the {defined} of {are_of} that have a value"
     amplitudes = sorted(long["misregistration_mm"].unique())
@@ -286,12 +286,14 @@ def _power(tested: pd.DataFrame, scores: Sequence[Score]) -> list[str]:
     columns = tested.groupby(["roi", "metric", "misregistration_mm"])
     column = columns.agg(pairs=("pairs", "max"), comparisons=("p", "count"))
     column["smallest"] = column["comparisons"] * 2.0 ** (1 - column["pairs"])
-    parts = []
-    for score in (score for score in scores if score in column.index):
-        pairs, comparisons, smallest = column.loc[score].sort_values("smallest").iloc[0]
-        if smallest >= LEVEL:
-            sizes = f"{_count(int(pairs), 'patient')}, {_count(int(comparisons), 'comparison')}"
-            parts.append(f"{score_label(*score)} ({sizes})")
+    column = column.sort_values("smallest").reset_index().drop_duplicates(["roi", "metric"])
+    shown = ["roi", "metric", "pairs", "comparisons"]
+    few = column.loc[column["smallest"] >= LEVEL, shown].to_numpy()
+    sizes = {
+        (roi, metric): f"{_count(pairs, 'patient')}, {_count(comparisons, 'comparison')}"
+        for roi, metric, pairs, comparisons in few
+    }
+    parts = [f"{score_label(*score)} ({sizes[score]})" for score in scores if score in sizes]
     return [f"Too few patients for any difference to be shown: {', '.join(parts)}."] * bool(parts)
 
 
@@ -301,10 +303,14 @@ def provenance(rows: Rows, scored: Sequence[Scored]) -> list[str]:
     data = {name: value for part in scored for name, value in part.data.items()}
     described = [_listed(roots)] if roots else []
     described += [f"{name} {value}" for name, value in data.items()]
-    splits = list(dict.fromkeys(part.split for part in scored if part.split))
+    splits = [
+        "the lists that came with the data" if part.split == part.root else part.split
+        for part in scored
+        if part.split
+    ]
     return [
         f"Data: {'; '.join(described) or 'not recorded'}.",
-        f"Split: {_listed(splits) if splits else 'not recorded'}.",
+        f"Split: {_listed(dict.fromkeys(splits)) if splits else 'not recorded'}.",
         _seeds(as_rows(rows)),
         _versions([facts for part in scored for facts in part.facts]),
         _commits(scored),
@@ -377,5 +383,5 @@ def _listed(texts: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def _count(number: float | int, noun: str) -> str:
+    return f"{number:.0f} {noun}" + ("" if number == 1 else "s")

@@ -12,7 +12,7 @@ from clinfuse.reporting.rows import case_rows
 from clinfuse.reporting.tables import HEADLINE_SCORES, headline
 
 STRANGE = r"""[a]_b & 50% #1 {x}^2 ~$y$ \z <"|"> *† naïve 中 κ=½"""
-"""All that is special to LaTeX, and some that its fonts lack; what a line begins with is special."""
+"""All that is special to LaTeX, at the beginning of a line too, and some that its fonts lack."""
 
 
 def rows_of(values, amplitudes=(0.0,), scores=HEADLINE_SCORES):
