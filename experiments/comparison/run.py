@@ -93,9 +93,9 @@ SLICE_METHODS = {
 VOLUME_METHODS = {
     "weighted_by_roi": Training(epochs=1),
     "trainable_wavelet": Training(epochs=4),
-    "resnet_fusion": Training(epochs=2),
-    "transfer_fusion": Training((*HALF_WIDTH, "optimizer.lr=5e-4"), 2),
-    "diff_fccf": Training(("optimizer.lr=1e-3",), 4),
+    "resnet_fusion": Training(epochs=1),
+    "transfer_fusion": Training((*HALF_WIDTH, "optimizer.lr=5e-4"), 1),
+    "diff_fccf": Training(("optimizer.lr=1e-3",), 2),
     "ttt_fusion": Training(U_NET, 3),
     "deterministic_unet": Training(("experiment=demo",), 4),
     "diffusion_unguided": Training(("experiment=demo",), 8),
