@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clinfuse.functional.vif import SMALLEST
@@ -14,6 +15,9 @@ BLACK = -1 + 2 / 127.5
 
 MARGIN = 16
 """Pixels of black around it that are climbed too: the reach of most of VIF's windows."""
+
+REACH = 2
+"""Pixels of black around it that may end up brighter: an edge's own width."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,9 @@ class MostKept:
     ) -> Float[Tensor, "b 1 *dhw"]:
         """Where the climb from another image than the brighter source ends, in [-1, 1].
 
+        What both sources show black is black: Adam's steps are as long where next to nothing is to
+        be gained, and would fill the air with a noise that no window of Qabf or VIF minds.
+
         Raises:
             ValueError: if slices are too small for VIF, where that counts.
         """
@@ -63,7 +70,7 @@ class MostKept:
             mri_there, ct_there = (source[..., rows, columns] for source in pair)
             there = fused[case : case + 1, ..., rows, columns]
             there.copy_(self._climb(there.clone(), mri_there, ct_there))
-        return fused
+        return torch.where(is_shown(torch.maximum(mri, ct)), fused, -1.0)
 
     @torch.enable_grad()
     def _climb(self, fused: Tensor, mri: Tensor, ct: Tensor) -> Tensor:
@@ -86,14 +93,22 @@ def content(brighter: Float[Tensor, "b 1 *dhw"]) -> tuple[slice, slice]:
 
     The window is large enough for VIF where the pictures are; of black pictures it is all.
     """
-    is_shown = (brighter > BLACK).flatten(0, -3).any(0)
-    return _extent(is_shown.any(1)), _extent(is_shown.any(0))
+    is_there = (brighter > BLACK).flatten(0, -3).any(0)
+    return _extent(is_there.any(1)), _extent(is_there.any(0))
 
 
-def _extent(is_shown: Tensor) -> slice:
-    (where,) = is_shown.nonzero(as_tuple=True)
+def is_shown(brighter: Float[Tensor, "b 1 *dhw"]) -> Bool[Tensor, "b 1 *dhw"]:
+    """Where a picture has something other than black within ``REACH`` pixels."""
+    is_there = (brighter > BLACK).to(brighter.dtype)
+    side = 2 * REACH + 1
+    near = F.max_pool2d(is_there.flatten(0, -3)[:, None], side, stride=1, padding=REACH)
+    return near.reshape(brighter.shape) > 0
+
+
+def _extent(is_there: Tensor) -> slice:
+    (where,) = is_there.nonzero(as_tuple=True)
     if len(where) == 0:
         return slice(None)
     first, last = int(where[0]) - MARGIN, int(where[-1]) + 1 + MARGIN
-    first = max(min(first, len(is_shown) - SMALLEST), 0)
+    first = max(min(first, len(is_there) - SMALLEST), 0)
     return slice(first, max(last, first + SMALLEST))

@@ -59,3 +59,13 @@ def test_the_window_around_a_small_thing_is_large_enough_for_vif():
     rows, columns = content(small)
     assert len(range(90)[rows]) >= SMALLEST and len(range(50)[columns]) >= SMALLEST
     assert MostKept(steps=2)(small, small).shape == small.shape
+
+
+def test_what_both_sources_show_black_stays_black(pair):
+    mri, ct = (F.pad(source, (20, 20, 20, 20), value=-1.0) for source in pair)
+    start = torch.maximum(mri, ct) + 0.02  # as a network leaves it
+    climbed = MostKept(steps=5).climbed(start, mri, ct)
+    air = torch.ones_like(mri, dtype=torch.bool)
+    air[..., 20 - 2 : 76 + 2, 20 - 2 : 80 + 2] = False
+    assert (climbed[air] == -1).all()
+    assert (climbed != start)[..., 20:76, 20:80].any()
