@@ -6,7 +6,8 @@ RUN is the folder of a run of method=diff_fccf on 2-D pairs. Its test pairs are 
 and their functional source is moved by exactly three pixels, right, left, down and up in turn.
 OUT/cases.csv has a row a pair: the error of the deformation over what either source shows, before
 and after, in pixels; the squared error that noise on both sources leaves in the fused luma, and
-what it leaves in their average; the angle between the chroma fused and the registered one.
+what it leaves in their average; the angle between the chroma fused and the registered one, and how
+many coloured pixels keep at least half of their chroma.
 OUT/stages.png has the three stages of one pair, and below them the weights of the loss over
 the training; leave real images out of the project, and this figure with them.
 """
@@ -98,9 +99,9 @@ def hue_off_deg(fused: torch.Tensor, functional: torch.Tensor) -> float:
 
 
 def colour_kept(fused: torch.Tensor, functional: torch.Tensor) -> float:
-    """Share of the registered source's coloured pixels that are coloured in the fused picture."""
-    there = functional[:, 1:].norm(dim=1) / 2 > COLOURED
-    return float((fused[:, 1:].norm(dim=1) > COLOURED / 2)[there].float().mean())
+    """Share of the functional source's coloured pixels that keep at least half of their chroma."""
+    ours, theirs = fused[:, 1:].norm(dim=1), functional[:, 1:].norm(dim=1) / 2
+    return float((ours > theirs / 2)[theirs > COLOURED].float().mean())
 
 
 def print_table(rows: list[dict]) -> None:
