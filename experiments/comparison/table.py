@@ -1,6 +1,7 @@
-"""Per-case rows, losses and costs to this folder's tables: ``python table.py SET`` in this folder.
+"""Per-case rows, losses and costs to this folder's tables: ``python table.py SET [CASES_CSV]``.
 
-Reads cases_SET.csv, losses_SET.csv and cost_SET.csv, those that are there, beside this file.
+Reads cases_SET.csv, losses_SET.csv and cost_SET.csv, those that are there, beside this file. With
+CASES_CSV, the rows of an evaluation, cases_SET.csv is made of it first: the tables' scores alone.
 """
 
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from clinfuse.reporting.rows import read_rows
+from clinfuse.reporting.rows import read_rows, write_rows
 from clinfuse.reporting.tables import HEADLINE_SCORES, KEPT_SCORES, headline, to_markdown
 
 HERE = Path(__file__).parent
@@ -52,7 +53,14 @@ def cost_table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main(which: str) -> None:
+def main(which: str, cases: str | None = None) -> None:
+    if cases is not None:
+        rows = read_rows(cases)
+        shown = pd.MultiIndex.from_frame(rows[["roi", "metric"]]).isin(
+            [*HEADLINE_SCORES, *KEPT_SCORES]
+        )
+        (HERE / f"cases_{which}.csv").unlink(missing_ok=True)
+        write_rows(HERE / f"cases_{which}.csv", rows[shown].round({"value": 5}))
     made = {"cases": lambda path: table(read_rows(path))}
     made |= {"losses": lambda path: losses_table(pd.read_csv(path))}
     made |= {"cost": lambda path: cost_table(pd.read_csv(path))}
