@@ -7,6 +7,9 @@ DATA holds the set CT-MRI of the Harvard whole brain atlas; the pair is its midd
 counts for little; ours and the others' take turns. piq (VIF) works in single precision on the whole
 pair; the definitions of Qabf and FMI, window by window as the tests have them, on a part of it, and
 their time is scaled by the number of windows. Needs piq, scipy and the tests' folder.
+
+The first FMI of a process is compiled, or read from where numba keeps what it has compiled; with
+NUMBA_CACHE_DIR set to an empty folder, as on a new machine.
 """
 
 import importlib
@@ -38,6 +41,8 @@ def main(data: str, turns: str = "15") -> None:
     pairs = find_pairs(Path(data), kind)
     pair = read_pair(pairs[len(pairs) // 2], kind)
     mri, ct = pair.mri[None], pair.ct[None]
+    first = seconds(partial(WITH_SOURCES["fmi_pixel"], mri, mri, ct))
+    print(f"the first fmi_pixel of this process: {first:.2f} s")
     for rule, fused in (("average", (mri + ct) / 2), ("maximum", torch.maximum(mri, ct))):
         images = (fused, mri, ct)
         ours = {name: partial(metric, *images) for name, metric in WITH_SOURCES.items()}

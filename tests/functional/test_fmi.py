@@ -8,8 +8,8 @@ from clinfuse.functional.fmi import (
     fmi_pixel,
     fmi_wavelet,
     meyer_bands,
+    scores_by_definition,
     window_scores,
-    windows,
 )
 
 
@@ -77,13 +77,44 @@ def test_it_is_what_its_definition_says(shape, feature):
 def test_bands_of_wavelets_are_compared_by_the_same_definition():
     batch = images(1, 1, 64, 66)
     fused, *sources = (meyer_bands(eight_bit_slices(image)) for image in batch)
-    scores = torch.stack([window_scores(windows(source), windows(fused)) for source in sources])
+    scores = torch.stack([window_scores(source, fused) for source in sources])
     assert fmi_wavelet(*batch).item() == pytest.approx(scores.mean().item(), rel=1e-6)
     corner = np.s_[:, 20:40, 80:100]  # of details along w
     fused, *sources = (bands[corner] for bands in (fused, *sources))
-    scores = torch.stack([window_scores(windows(source), windows(fused)) for source in sources])
+    scores = torch.stack([window_scores(source, fused) for source in sources])
     expected = by_definition(*(bands.double().numpy() for bands in (fused, *sources)))
     assert scores.mean().item() == pytest.approx(expected, abs=1e-4)  # single precision
+
+
+@pytest.mark.parametrize("feature", [lambda slices: slices, meyer_bands])
+def test_two_implementations_score_every_window_alike(feature):
+    fused, *sources = (feature(eight_bit_slices(image)) for image in images(2, 1, 40, 38))
+    for source in sources:
+        compiled = window_scores(source, fused)
+        exact = scores_by_definition(source.double(), fused.double())
+        torch.testing.assert_close(window_scores(source.double(), fused.double()), exact)
+        torch.testing.assert_close(scores_by_definition(source, fused), compiled, rtol=0, atol=1e-3)
+        # In single precision a window's score is good to 1e-3, and the mean of them to 1e-6.
+        torch.testing.assert_close(compiled.double(), exact, rtol=0, atol=1e-3)
+        assert compiled.double().mean().item() == pytest.approx(exact.mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_feature_that_is_no_number_spoils_its_own_windows_only(dtype):
+    a, b = torch.rand(2, 2, 12, 11, dtype=dtype)
+    expected = window_scores(a, b)
+    a[1, 5, 6] = torch.nan
+    scores = window_scores(a, b)
+    spoilt = torch.zeros_like(scores, dtype=torch.bool)
+    spoilt[1, 3:6, 4:7] = True
+    assert scores[spoilt].isnan().all()
+    torch.testing.assert_close(scores[~spoilt], expected[~spoilt])
+
+
+@pytest.mark.parametrize("fmi", [fmi_pixel, fmi_gradient])
+def test_pictures_smaller_than_a_window_have_no_score(fmi):
+    image = torch.rand(2, 1, 2, 9)
+    assert fmi(image, image, image).isnan().tolist() == [True, True]
 
 
 @pytest.mark.parametrize("fmi", [fmi_pixel, fmi_gradient, fmi_wavelet])
