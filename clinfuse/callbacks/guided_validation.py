@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from clinfuse.callbacks.loggers import log_picture
+from clinfuse.callbacks.overlays import Overlays, log_overlays, of_pair, of_view
 from clinfuse.callbacks.recorder import case_view, pair_pictures, summary_of
 from clinfuse.metrics.regional import CaseMean, RegionalPSNR, RegionalSSIM
 from clinfuse.reporting.figures import case_figure, figure_png, pictures_figure
@@ -21,7 +23,8 @@ class GuidedValidation(Callback):
 
     Logs ``val/brain_ssim``, ``val/bone_psnr``, ``val/bone_ssim`` and ``val/whole_ssim``, each over
     the cases that define it, and draws the first case of each validation: a volume in three planes,
-    a 2-D pair as its two sources and the fused picture.
+    a 2-D pair as its two sources and the fused picture. W&B gets a slice with the regions over it
+    as well.
 
     Args:
         folder: where the pictures go.
@@ -84,10 +87,12 @@ class GuidedValidation(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"validation_step_{trainer.global_step:06d}.png"
         path.write_bytes(png)
+        picture = np.asarray(Image.open(path).convert("RGB"))
+        log_picture(trainer.loggers, "validation", picture, trainer.global_step, caption)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                picture = np.asarray(Image.open(path).convert("RGB"))
-                logger.log_image("validation", [picture], caption=[caption])
+                shown = {batch.case_id[0]: _overlays(batch, fused)}
+                log_overlays(logger, "validation_regions", shown, trainer.global_step)
 
 
 def _figure(batch: FusionBatch, fused: Tensor, spread: Tensor | None, caption: str) -> Figure:
@@ -96,3 +101,10 @@ def _figure(batch: FusionBatch, fused: Tensor, spread: Tensor | None, caption: s
         return case_figure(case_view(batch, 0, fused, spread, caption))
     name = f"{batch.case_id[0]}, {caption}"
     return pictures_figure([pair_pictures(batch, 0, fused, name)])
+
+
+def _overlays(batch: FusionBatch, fused: Tensor) -> Overlays:
+    """The first case of a batch."""
+    if isinstance(batch, SliceBatch):
+        return of_pair(batch, 0, fused)
+    return of_view(case_view(batch, 0, fused, None, ""))

@@ -1,5 +1,6 @@
 """Score every test case of whatever method is tested: rows, pictures and the report."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ from clinfuse.methods.rules import MaskComposite
 from clinfuse.metrics.calibration import Calibration, Reliability
 from clinfuse.metrics.regional import LESION_THRESHOLD
 from clinfuse.metrics.suite import Row, case_metrics
+from clinfuse.reporting.atomic import write_atomically
 from clinfuse.reporting.figures import pictures_figure, reliability_figure, save_figures
 from clinfuse.reporting.html import write_report
+from clinfuse.reporting.robustness import TEXT as ROBUSTNESS_TEXT
+from clinfuse.reporting.robustness import robustness_files, robustness_of
 from clinfuse.reporting.rows import case_rows, write_rows
 from clinfuse.reporting.tables import (
     CALIBRATION_SCORES,
@@ -52,7 +55,7 @@ PAIRS_TEXT = (
 )
 
 _NO_CHIPS = frozenset(
-    {"uce", "ence", "uce_raw", "ence_raw", "width", "ece", "brier", "conspicuity_min"}
+    {"uce", "ence", "uce_raw", "ence_raw", "width", "ece", "brier", "conspicuity_min", "seconds"}
     | {"ause", "ause_constant", "ause_random", "spread_error_correlation_calibrated"}
 )
 """Scores of many voxels together that say little of one case."""
@@ -61,10 +64,10 @@ _NO_CHIPS = frozenset(
 class CaseRecorder(Callback):
     """Collects per-case rows and pictures while methods are tested, one after another.
 
-    Each test dataloader is one misregistration amplitude, in the order of
-    ``datamodule.misregistration_mm``; whose case each is says ``datamodule.patients``. Of 2-D pairs
-    every fused picture at the smallest amplitude is written, in colour where they have some, as
-    ``fused/METHOD/CASE.png``.
+    Each test dataloader is one condition, a misregistration or another perturbation, in the order
+    of ``datamodule.conditions``; whose case each is says ``datamodule.patients``. Pictures are of
+    unperturbed cases. Of 2-D pairs every fused picture at the smallest amplitude is written, in
+    colour where they have some, as ``fused/METHOD/CASE.png``.
 
     Args:
         folder: where ``write`` puts ``cases.csv``, ``figures/`` and ``report.html``.
@@ -117,6 +120,7 @@ class CaseRecorder(Callback):
         self.rows: list[dict[str, Any]] = []
         self.views: list[CaseView] = []
         self.pairs: list[dict[str, Image.Image]] = []
+        self._began_s = 0.0
         self._fused_folders: dict[str, tuple[str, str, int]] = {}
 
     def on_test_batch_start(
@@ -136,6 +140,7 @@ class CaseRecorder(Callback):
             lesion = automatic_lesion(batch, self.lesion_head)
             batch.roi = torch.cat([batch.roi[:, :2], lesion], 1)
             batch.lesion_distance_mm = signed_distance_mm(lesion, batch.spacing_mm).to(batch.mri)
+        self._began_s = seconds_now(pl_module)
 
     def on_test_batch_end(
         self,
@@ -148,13 +153,15 @@ class CaseRecorder(Callback):
     ) -> None:
         if outputs is None:  # no fusion: the lesion head
             return
+        seconds = (seconds_now(pl_module) - self._began_s) / len(batch)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        amplitude_mm, patients = data.misregistration_mm[dataloader_idx], data.patients
+        condition, patients = data.conditions[dataloader_idx], data.patients
+        amplitude_mm, is_shown = condition.misregistration_mm, not condition.perturbation
         summary = summary_of(outputs)
         fused, spread = summary.mean, summary.std
         probability = None
         if self.lesion_head is not None:
-            probability = lesion_probability(self.lesion_head, fused, batch.brain)
+            probability = lesion_probability(self.lesion_head, fused, batch.truth()[2][:, :1])
         assert isinstance(pl_module, FusionMethod)
         roi = None
         if self.calibration is not None:
@@ -164,18 +171,19 @@ class CaseRecorder(Callback):
             fused, batch, probability, spread, calibration=self.calibration, roi=roi
         )
         if isinstance(batch, SliceBatch):
-            if amplitude_mm == min(data.misregistration_mm):
+            if is_shown and amplitude_mm == min(data.misregistration_mm):
                 self._take_pictures(batch, fused, pl_module.fused_chroma(batch))
                 if self.method == self.pictures_of and batch_idx in self._shown_pairs(trainer):
                     self.pairs.append(
                         pair_pictures(batch, 0, fused, f"{self.method}: {batch.case_id[0]}")
                     )
-        elif self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer):
+        elif is_shown and self._is_picked(trainer, amplitude_mm):
             self._take_reliability(batch, fused, spread, roi)
         for index, (case_id, case_scores) in enumerate(zip(batch.case_id, scores, strict=True)):
+            case_scores.append(("whole", "seconds", seconds))
             if case_id in pl_module.adaptation_seconds:
-                seconds = pl_module.adaptation_seconds[case_id]
-                case_scores.append(("whole", "adaptation_seconds", seconds))
+                adapting = pl_module.adaptation_seconds[case_id]
+                case_scores.append(("whole", "adaptation_seconds", adapting))
             self.rows += case_rows(
                 case_scores,
                 case_id=case_id,
@@ -184,10 +192,13 @@ class CaseRecorder(Callback):
                 preset=self.preset,
                 seed=self.seed,
                 misregistration_mm=amplitude_mm,
+                perturbation=condition.perturbation,
+                amount=condition.amount,
                 mask_source=self.mask_source,
                 steps=int(getattr(pl_module, "steps", 0)),
             )
-            if self._wants_picture(trainer, amplitude_mm) and not isinstance(batch, SliceBatch):
+            is_wanted = self._is_picked(trainer, amplitude_mm) and len(self.views) < self.pictures
+            if is_shown and is_wanted and not isinstance(batch, SliceBatch):
                 caption = f"{self.method}, preset {self.preset}, CT moved by {amplitude_mm:g} mm"
                 self.views.append(
                     case_view(
@@ -221,6 +232,10 @@ class CaseRecorder(Callback):
             tables["Conspicuity of findings"] = seen
         save_figures(self.folder / "figures", self.views, table, self.pictures_of, charts)
         shown = {name.capitalize(): (figure, RELIABILITY_TEXT) for name, figure in charts.items()}
+        if (robustness := robustness_of(self.rows, self.pictures_of)) is not None:
+            shown["Robustness"] = (robustness[1], ROBUSTNESS_TEXT)
+            for name, content in robustness_files(*robustness).items():
+                write_atomically(self.folder / "figures" / name, content)
         if self.pairs:
             shown["Pairs"] = (pictures_figure(self.pairs), PAIRS_TEXT)
         report = write_report(
@@ -287,22 +302,24 @@ class CaseRecorder(Callback):
         tested = trainer.datamodule.misregistration_mm  # type: ignore[attr-defined]
         return self.pictures_at_mm if self.pictures_at_mm in tested else tested[0]
 
-    def _wants_picture(self, trainer: Trainer, amplitude_mm: float) -> bool:
-        is_shown = self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer)
-        return is_shown and len(self.views) < self.pictures
+    def _is_picked(self, trainer: Trainer, amplitude_mm: float) -> bool:
+        """Whether what is tested is what the report shows in pictures."""
+        return self.method == self.pictures_of and amplitude_mm == self._shown_mm(trainer)
 
 
 class RunReport(CaseRecorder):
-    """The recorder of a training run: writes when its test has ended, the chart to W&B as well."""
+    """The recorder of a training run: writes when its test has ended."""
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.rows:
-            return
-        self.write()
-        chart = self.folder / "figures" / "reliability.png"
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and chart.is_file():
-                logger.log_image("reliability", [np.asarray(Image.open(chart).convert("RGB"))])
+        if self.rows:
+            self.write()
+
+
+def seconds_now(method: LightningModule) -> float:
+    """A clock's reading when all that a method has begun on its device is done."""
+    if method.device.type == "cuda":
+        torch.cuda.synchronize(method.device)
+    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -341,6 +358,7 @@ def case_view(
         lesion_probability=array(lesion_probability),
         lesion=masks[2] if masks[2].any() else None,
         bone=masks[1],
+        brain=masks[0],
         caption=caption,
         scores={
             score_label(roi, metric): value

@@ -94,6 +94,7 @@ class CaseView:
         lesion_probability: of a lesion head that read the fused volume, if there is one.
         lesion: lesion mask; chooses the slices and is outlined.
         bone: bone mask; chooses the slices where there is no lesion.
+        brain: brain mask.
         caption: a sentence: method, preset, misregistration.
         scores: this case's numbers by name, shown beside the caption.
 
@@ -114,6 +115,7 @@ class CaseView:
     lesion_probability: Volume | None = None
     lesion: Bool[np.ndarray, "d h w"] | None = None
     bone: Bool[np.ndarray, "d h w"] | None = None
+    brain: Bool[np.ndarray, "d h w"] | None = None
     caption: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from clinfuse.callbacks.guided_validation import GuidedValidation
+from clinfuse.callbacks.loggers import wandb_logger
 from clinfuse.data.paired_slices import PairedSlices
 from clinfuse.functional.psnr import psnr
 from clinfuse.functional.ssim import ssim
@@ -62,6 +63,30 @@ def test_validation_scores_all_cases_draws_the_first_and_starts_anew_each_time(
     (picture,) = (tmp_path / "figures").iterdir()
     assert picture.name == "validation_step_000000.png"
     assert Image.open(picture).size[0] > 300
+
+
+def test_wandb_sees_the_regions_over_the_first_case_of_a_volume(no_account, data, wandb_reading):
+    logger = wandb_logger(no_account, "smoke", "clinfuse")
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=logger, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[GuidedValidation(no_account / "figures")], enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.validate(MaskComposite(), datamodule=data, verbose=False)
+    logger.finish()
+    run, (batch, _) = wandb_reading(no_account), data.val_dataloader()
+    assert list(run.pictures("validation")) == ["validation at step 0"]
+    captions = [f"case_001: {name}" for name in ("MRI", "CT as given", "Fused")]
+    assert list(run.pictures("validation_regions")) == captions
+    _, _, fused = (np.asarray(Image.open(p)) for p in run.pictures("validation_regions").values())
+    masks = {
+        name: np.asarray(Image.open(run.folder / "files" / mask["path"])) > 0
+        for name, mask in run.summary["validation_regions.all_masks"][0].items()
+    }
+    brain, bone = (mask[0].numpy()[:, ::-1, ::-1] for mask in batch.clean_roi[0].split(1)[:2])
+    (at,) = [d for d, plane in enumerate(brain) if (plane == masks["brain"]).all()]
+    np.testing.assert_array_equal(masks["bone"], bone[at])
+    composite = MaskComposite().fuse(batch)[0, 0, at].numpy()[::-1, ::-1]
+    np.testing.assert_allclose(fused, 255 * (composite + 1) / 2, atol=0.51)
 
 
 def save(folder, name, values):

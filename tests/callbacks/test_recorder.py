@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from clinfuse.callbacks.recorder import CaseRecorder, RunReport, case_view, summary_of
@@ -14,7 +13,7 @@ from clinfuse.functional.psnr import psnr
 from clinfuse.functional.surface import dice, signed_distance_mm
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.rules import MaskComposite, Weighted
-from clinfuse.metrics.calibration import REGIONS, Calibration
+from clinfuse.metrics.calibration import Calibration
 from clinfuse.reporting.rows import CASE_COLUMNS
 
 AMPLITUDES = [0.0, 2.0]
@@ -102,9 +101,10 @@ def test_every_method_case_and_amplitude_has_a_row_of_every_metric(tmp_path, dat
             ("brain", "ssim"), ("brain", "fsim"), ("bone", "psnr"), ("bone", "ssim"),
             ("whole", "psnr"), ("whole", "ssim"), ("whole", "fsim"),
             ("lesion", "conspicuity"), ("lesion", "conspicuity_min"),
-            ("findings", "conspicuity"), ("findings", "conspicuity_min"),
+            ("findings", "conspicuity"), ("findings", "conspicuity_min"), ("whole", "seconds"),
         )
     }  # fmt: skip
+    assert (rows.query("metric == 'seconds'")["value"] > 0).all()
 
 
 def test_values_are_those_of_the_case_at_the_amplitude_they_stand_beside(tmp_path, data):
@@ -115,6 +115,69 @@ def test_values_are_those_of_the_case_at_the_amplitude_they_stand_beside(tmp_pat
             key = {"case_id": batch.case_id[0], "misregistration_mm": amplitude}
             got = value(rows, roi="bone", metric="psnr", **key)
             assert got == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.fixture
+def wrong(phantoms):
+    """The same heads, unperturbed and then with something wrong in each way."""
+    amounts = (
+        "rotation_deg: [0, 3], mask_shift_mm: [4], mask_dilation_mm: [0, 8], mask_holes: [0.4], "
+        "noise_std: [0.2], without_lesion: [1]"
+    )
+    overrides = f"+data.perturbations={{{amounts}}}", "data.misregistration_mm=[0.0]"
+    data = phantoms.data(*overrides)
+    data._asked_splits = {"train": ["case_001"], "val": ["case_002"], "test": ["case_007"]}
+    return data
+
+
+class InTheBrain(BrightIsLesion):
+    """A lesion head that reads only where it is asked, and keeps where that was."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def within(self, asked):
+        self.asked.append(asked)
+        return lambda fused: self(fused) * asked
+
+
+def test_perturbed_cases_have_rows_of_their_own_against_the_truth_and_no_pictures(tmp_path, wrong):
+    head = InTheBrain()
+    recorder = recorder_in(tmp_path, method="mask_composite", pictures=9, lesion_head=head)
+    rows = scored({"mask_composite": MaskComposite()}, recorder, wrong)
+    got = rows[["misregistration_mm", "perturbation", "amount"]].drop_duplicates()
+    assert list(got.itertuples(index=False, name=None)) == [
+        (0.0, "", 0.0), (0.0, "rotation_deg", 3.0), (0.0, "mask_shift_mm", 4.0),
+        (0.0, "mask_dilation_mm", 8.0), (0.0, "mask_holes", 0.4), (0.0, "noise_std", 0.2),
+        (0.0, "without_lesion", 1.0),
+    ]  # fmt: skip
+    assert set(rows.groupby(["perturbation", "amount"]).size()) == {len(rows) / 7}
+    for condition, loader in zip(wrong.conditions, wrong.test_dataloader(), strict=True):
+        (batch,) = loader
+        fused, (_, ct, roi) = MaskComposite().fuse(batch), batch.truth()
+        key = {"perturbation": condition.perturbation, "roi": "bone", "metric": "psnr"}
+        expected = psnr(fused, ct, roi[:, 1:2]).item()
+        assert value(rows, **key) == pytest.approx(expected, rel=1e-4)
+    assert all(torch.equal(asked, roi[:, :1]) for asked in head.asked)  # as it truly is
+    assert [view.case_id for view in recorder.views] == ["case_007"]
+
+    text = recorder.write().read_text("utf-8")
+    assert "Robustness" in text and "One thing is wrong at a time" in text
+    files = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"perturbations.csv", "perturbations.png", "perturbations.pdf"} <= files
+    written = pd.read_csv(tmp_path / "figures" / "perturbations.csv")
+    whole = written.query("roi == 'whole' and metric == 'ssim'").set_index(["axis", "amount"])
+    assert whole["mean"]["noise_std", 0.2] < whole["mean"]["noise_std", 0.0] - 0.1
+
+
+def test_a_method_is_given_what_is_wrong(tmp_path, wrong):
+    method = Curious()
+    scored({"curious": method}, recorder_in(tmp_path), wrong)
+    (still, _), *others = method.given
+    changed = [not torch.equal(roi[:, :2], still[:, :2]) for roi, _ in others]
+    assert changed == [True, True, True, True, False, False]  # turned, three of masks, noise, none
+    assert method.lesion_voxels[-1] == 0 < min(method.lesion_voxels[:-1])
 
 
 def test_an_ensemble_is_scored_by_its_mean_and_its_spread_by_its_correlation(tmp_path, data):
@@ -175,7 +238,8 @@ def test_the_automatic_mask_is_what_the_head_finds_in_the_sources_and_scores_kno
         torch.testing.assert_close(distance_mm, expected.to(distance_mm))
     assert method.lesion_voxels != expert.lesion_voxels
     # the method looks at the MRI alone, so only what it was scored against could differ
-    pd.testing.assert_series_equal(rows["value"], expert_rows["value"])
+    scores = [frame[frame["metric"] != "seconds"]["value"] for frame in (rows, expert_rows)]
+    pd.testing.assert_series_equal(*scores)
 
 
 class NothingIsLesion(torch.nn.Module):
@@ -314,27 +378,6 @@ def test_a_calibration_is_applied_to_rows_chart_and_report_of_the_method_shown(t
     scored({"curious": Curious()}, plain, data)
     assert "Reliability" not in plain.write().read_text("utf-8")
     assert not (tmp_path / "plain" / "figures" / "reliability.png").exists()
-
-
-def test_the_reliability_diagram_of_a_training_run_reaches_wandb(tmp_path, data, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    curve = {region: [[1.0], [1.0]] for region in REGIONS}
-    quantile = dict.fromkeys(REGIONS, 1.0)
-    calibration = Calibration(0.9, curve, quantile, None, ["case_002"], 2.0)
-    report = RunReport(
-        tmp_path, preset="stroke", seed=3, method="curious", calibration=calibration, pictures=0
-    )
-    logger = WandbLogger(save_dir=tmp_path, project="clinfuse", offline=True)
-    trainer = lightning.Trainer(
-        accelerator="cpu", logger=logger, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[report], inference_mode=False, enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.test(Curious(), datamodule=data, verbose=False)
-    logger.experiment.finish()
-    (logged,) = tmp_path.glob("wandb/offline-run-*/files/media/images/reliability*.png")
-    written = tmp_path / "figures" / "reliability.png"
-    assert Image.open(logged).size == Image.open(written).size
 
 
 @pytest.mark.parametrize("tried", [[2.0, 0.0], [0.0, 2.0]])

@@ -1,0 +1,104 @@
+"""What a run's folder records of it, read once for its cards."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml  # type: ignore[import-untyped]
+
+from clinfuse.reporting.rows import read_rows, unperturbed
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The records of a training or an evaluation; what a folder lacks is empty.
+
+    Attributes:
+        name: the run's, else the folder's.
+        rows: of unperturbed cases.
+        job: the entry point: ``train``, ``evaluate``; None where Hydra was not asked.
+        config: as recorded, with its interpolations.
+        choices: which option of each group of the configuration was taken.
+        overrides: what the command line said.
+        facts: versions, machine, commit, seed and what the data said of itself.
+        cost: of the training.
+        calibration: as fitted on validation cases.
+        splits: case ids by split.
+    """
+
+    name: str
+    rows: pd.DataFrame
+    job: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    splits: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "RunFolder":
+        """A folder that has been scored.
+
+        Raises:
+            FileNotFoundError: it has no ``cases.csv``.
+            ValueError: a record that cannot be read.
+        """
+        folder = Path(folder)
+        if not (folder / "cases.csv").is_file():
+            raise FileNotFoundError(f"expected a scored run with cases.csv, found none: {folder}")
+        config = _record(folder / ".hydra" / "config.yaml")
+        hydra = _record(folder / ".hydra" / "hydra.yaml").get("hydra") or {}
+        return cls(
+            name=str(config.get("name") or folder.resolve().name),
+            rows=unperturbed(read_rows(folder / "cases.csv")),
+            job=(hydra.get("job") or {}).get("name"),
+            config=config,
+            choices=(hydra.get("runtime") or {}).get("choices") or {},
+            overrides=(hydra.get("overrides") or {}).get("task") or (),
+            facts=_record(folder / "facts.json"),
+            cost=_record(folder / "cost.json"),
+            calibration=_record(folder / "calibration.json"),
+            splits=_record(folder / "splits.json"),
+        )
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What the data said of itself."""
+        return self.facts.get("data") or {}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Packages, machine and commit."""
+        return {name: value for name, value in self.facts.items() if isinstance(value, str)}
+
+    def setting(self, path: str) -> Any:
+        """A value of the configuration, ``data.jitter.max_mm``; None where it is not a plain one.
+
+        What refers to another place (``${seed}``) is looked up there.
+        """
+        value: Any = self.config
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, str) and "${" in value:
+            inner = value[2:-1]
+            is_plain = value.startswith("${") and value.endswith("}") and ":" not in inner
+            return self.setting(inner) if is_plain and "{" not in inner and inner != path else None
+        return value
+
+
+def _record(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text("utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"expected a record of a run, got {type(error).__name__}: {path}"
+        ) from error
+    return content if isinstance(content, dict) else {}
