@@ -16,7 +16,12 @@ NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --jaxtyping-packages=clinfuse,beartype.beartype \
 	--numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: help install demo test test-all smoke lint types clean
+# The cheap ones first: all others share the training that the first of them makes.
+SWEEPS := steps eta uncertainty members weights weights_grid masks guidance_search components methods \
+	jitter reference ct_map parameterisation seeds
+SCALE := small
+
+.PHONY: help install demo test test-all smoke tables notebooks lint types clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -53,6 +58,12 @@ test-all: $(INSTALLED)  ## run every test, the slow and the GPU ones too
 
 smoke: $(INSTALLED)  ## train every method a few steps and fuse: volumes, grey and coloured slices
 	$(PY) experiments/smoke/run.py runs/smoke
+
+tables: $(INSTALLED)  ## run every sweep of conf/sweep, two at a time, and write its tables: goes on where it stopped
+	printf '%s\n' $(SWEEPS) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME $(PY) -m clinfuse.train -m sweep=NAME scale=$(SCALE)
+
+notebooks: $(INSTALLED)  ## execute every notebook from top to bottom
+	$(PY) -m pytest tests/notebooks
 
 lint: $(INSTALLED)  ## check style, formatting and the layers
 	$(BIN)/ruff check --output-format=concise

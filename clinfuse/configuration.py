@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +23,16 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from clinfuse.callbacks.model_draws import read_draws
+from clinfuse.reporting.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent
@@ -50,11 +55,36 @@ def register_resolvers() -> None:
     resolvers: dict[str, Callable[..., Any]] = {
         "precision": fastest_precision,
         "fingerprint": fingerprint,
+        "swept": swept,
+        "sweep_dir": lambda group, scale, fresh: (
+            f"runs/sweeps/{group}" + (f"/{scale}" if scale else "") if group else str(fresh)
+        ),
         "run_dir": lambda resume, fresh: str(resume) if resume else str(fresh),
         "hydra_subdir": lambda resume: ".hydra_resumed" if resume else ".hydra",
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def swept() -> str:
+    """What this job of a sweep has of its own: ``method.steps=10,sampler=ddim``.
+
+    As the sweep's ``sweep.json`` says; where there is none, all that its command line has.
+    """
+    hydra = HydraConfig.get()
+    record = Path(hydra.sweep.dir) / SWEEP
+    own = [str(override) for override in OmegaConf.to_container(hydra.overrides.task) or []]
+    jobs = json.loads(record.read_text())["jobs"] if record.is_file() else []
+    for job in jobs:
+        if set(job) <= set(own):
+            return ",".join(job)
+    params = hydra.sweeper.get("params") or {}
+    of_params = [override for override in own if override.split("=")[0] in params]
+    return ",".join(of_params) or str(hydra.job.override_dirname)
+
+
+SWEEP = "sweep.json"
+"""What a sweep's folder says of its jobs."""
 
 
 def fastest_precision() -> str:
@@ -76,6 +106,40 @@ _EXPECTED = (
 )  # fmt: skip
 
 
+class Refused(Exception):
+    """Bad input of one job of a sweep, which has been said already."""
+
+
+class FailuresLast(Callback):
+    """In a sweep a job that fails does not stop the others; the sweep then ends with status 1.
+
+    What failed, and why, stands in ``failed.txt`` in the job's folder.
+    """
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        Path(config.hydra.runtime.output_dir, FAILED).unlink(missing_ok=True)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN or job_return.status is not JobStatus.FAILED:
+            return
+        error = job_return._return_value
+        if not isinstance(error, Refused):
+            traceback.print_exception(error)
+        sentence = f"{'' if isinstance(error, Refused) else f'{type(error).__name__}: '}{error}"
+        write_atomically(Path(config.hydra.runtime.output_dir, FAILED), f"{sentence}\n")
+        job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        failed = sorted(Path(config.hydra.sweep.dir).rglob(FAILED))
+        for path in failed:
+            print(f"clinfuse: failed: {path.parent}: {path.read_text().strip()}", file=sys.stderr)
+        if failed:
+            sys.exit(1)
+
+
+FAILED = "failed.txt"
+
+
 def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """An entry point whose bad input ends in one sentence on stderr and exit status 1."""
 
@@ -91,7 +155,10 @@ def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig],
                 raise
             if isinstance(cause, MissingMandatoryValue):
                 cause = ValueError(f"expected {cause.full_key}=VALUE on the command line, got none")
-            print(f"clinfuse: {' '.join(str(cause).split())}", file=sys.stderr)
+            sentence = " ".join(str(cause).split())
+            print(f"clinfuse: {sentence}", file=sys.stderr)
+            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise Refused(sentence) from None  # FailuresLast lets the other jobs run
             print("(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
             sys.exit(1)
 
@@ -140,6 +207,21 @@ def build_method(cfg: DictConfig) -> Any:
         return instantiate(method_cfg, _convert_="all")
     head = lesion_head_of(cfg.lesion_head)
     return instantiate(method_cfg, lesion_head=head, _convert_="all")
+
+
+def rule(name: str) -> Any:
+    """A method that needs no training, by its configuration's name."""
+    folder = Path(CONFIG_PATH) / "method"
+    path = folder / f"{name}.yaml"
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"expected a method of {', '.join(known)}, got {name!r}")
+    configuration = OmegaConf.load(path)
+    if "defaults" in configuration or "optimizer" in configuration:
+        raise ValueError(
+            f"expected a method without weights, got {name}: name its run folder, run="
+        )
+    return instantiate(configuration, _convert_="all")
 
 
 def lesion_head_of(path: str | Path) -> Any:
@@ -313,7 +395,8 @@ def commit() -> str:
 
 def quiet_libraries() -> None:
     """Hold back what libraries say at import and on every fit, and what only their authors need."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for talkative in ("lightning.pytorch.utilities.rank_zero", "alembic", "fontTools"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     for text in (
         ".*Experiment logs directory.*exists and is not empty.*",  # it is the run's own folder
         ".*LeafSpec.*deprecated.*",

@@ -2,11 +2,10 @@
 
 import glob
 import json
-import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clinfuse.configuration import (
     CONFIG_PATH,
     LESION_HEAD,
+    SWEEP,
     in_one_sentence,
     quiet_libraries,
     register_resolvers,
@@ -38,10 +38,16 @@ from clinfuse.reporting.paper import (
     paper_table,
     provenance,
 )
+from clinfuse.reporting.parameters import Axis, parameter_figure
+from clinfuse.reporting.robustness import FILES as PERTURBED
+from clinfuse.reporting.robustness import robustness_files, robustness_of
 from clinfuse.reporting.rows import as_rows, read_rows
 from clinfuse.reporting.tables import headline, headline_scores, print_table
 
 register_resolvers()
+
+TABLES_PATH = str(Path(CONFIG_PATH) / "tables")
+"""A folder of its own: beside the group ``experiment`` Hydra would take experiment=NAME for it."""
 
 CASES, CONFIG = "cases.csv", Path(".hydra") / "config.yaml"
 
@@ -65,13 +71,21 @@ class Collected:
     left_out: Sequence[LeftOut]
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="tables")
+@hydra.main(version_base="1.3", config_path=TABLES_PATH, config_name="tables")
 @in_one_sentence
 def main(cfg: DictConfig) -> None:
     """Collect the folders and write their tables; name what could not be collected."""
     quiet_libraries()
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every glyph in a PDF
-    asked = cfg["from"]
+    asked, scale = cfg["from"], cfg.scale
+    if (asked is None) == (cfg.experiment is None):
+        raise ValueError("expected either from=[FOLDERS] or experiment=NAME, a sweep's")
+    if cfg.experiment is not None:
+        folder = Path("runs", "sweeps", str(cfg.experiment), *([str(scale)] if scale else []))
+        for path in tables_of_sweep(folder, None if cfg.out is None else Path(str(cfg.out))):
+            print(f"{path.suffix[1:]}: {path}")
+        return
+    if cfg.out is None:
+        raise ValueError("expected out=FOLDER for the tables, got none")
     patterns = [str(p) for p in (asked if isinstance(asked, ListConfig) else [asked])]
     out = Path(str(cfg.out))
     collected = collect(patterns, out)
@@ -82,6 +96,92 @@ def main(cfg: DictConfig) -> None:
     scores = [cfg.scores] if isinstance(cfg.scores, str) else list(cfg.scores or GROUPS)
     for path in write_tables(collected, out, ours, scores, name):
         print(f"{path.suffix[1:]}: {path}")
+
+
+def tables_of_sweep(folder: Path, out: Path | None = None) -> list[Path]:
+    """The tables of a sweep, with its jobs named as it says; returns their paths.
+
+    Args:
+        folder: of the sweep, with ``sweep.json``.
+        out: where the tables go; None is ``table`` in the sweep's folder.
+
+    Raises:
+        FileNotFoundError: no sweep has been begun there.
+        ValueError: as ``write_tables``.
+    """
+    if not (folder / SWEEP).is_file():
+        raise FileNotFoundError(
+            f"expected a sweep with {SWEEP}, found none (python -m clinfuse.train -m sweep=NAME "
+            f"scale=SCALE begins one): {folder}"
+        )
+    sweep = _json(folder / SWEEP)
+    table = sweep.get("table") or {}
+    out = folder / "table" if out is None else out
+    collected = collect([str(job) for job in _folders(folder.iterdir()) if job != out], out)
+    lacking = never_begun(folder, sweep.get("jobs") or [])
+    for left in [*collected.left_out, *lacking]:
+        print(f"clinfuse: {left}", file=sys.stderr)
+    names = table.get("names") or {}
+    scored = [_renamed(part, names) for part in collected.scored]
+    collected = Collected(scored, [*collected.left_out, *lacking])
+    return write_tables(
+        collected,
+        out,
+        ours=table.get("ours"),
+        scores=table.get("scores") or tuple(GROUPS),
+        name=str(sweep.get("group")),
+        may_differ=table.get("may_differ") or (),
+        axis=None if table.get("axis") is None else axis_of(scored, **table["axis"]),
+        command=sweep.get("command"),
+    )
+
+
+def never_begun(folder: Path, jobs: Sequence[Sequence[str]]) -> list[LeftOut]:
+    """The jobs of a sweep, by their overrides, that have no folder."""
+    files = folder.rglob(".hydra/overrides.yaml")
+    begun = [{str(override) for override in yaml.safe_load(f.read_text()) or []} for f in files]
+    return [
+        LeftOut(str(folder), f"has no run of {' '.join(job)}: it was never begun", is_missing=True)
+        for job in jobs
+        if not any(set(job) <= overrides for overrides in begun)
+    ]
+
+
+def _renamed(part: Scored, names: dict[str, str]) -> Scored:
+    rows = part.rows.assign(method=[readable(method, names) for method in part.rows["method"]])
+    return replace(part, rows=rows)
+
+
+def readable(label: str, names: Mapping[str, str]) -> str:
+    """A job's overrides as a reader would say them: ``guidance.eta=0.1`` as ``η 0.1``.
+
+    Args:
+        label: of a run.
+        names: what stands for what, the longest first; what is left of ``=`` becomes a space.
+    """
+    label = label.replace("_", " ")
+    for long in sorted(names, key=len, reverse=True):
+        label = label.replace(long.replace("_", " "), names[long])
+    return " ".join(label.replace("=", " ").replace(",", ", ").split())
+
+
+def axis_of(scored: Sequence[Scored], key: str, name: str) -> Axis:
+    """What a sweep varies in numbers: by method's name, the value that its run's settings have.
+
+    Args:
+        scored: folders of runs.
+        key: of a setting, ``method.steps``.
+        name: of it, as the methods' names have it: ``steps`` of ``ddim, steps 10``.
+    """
+    values: dict[str, tuple[str, float]] = {}
+    for part in scored:
+        cfg = config_of(Path(part.folder))
+        value = None if cfg is None else OmegaConf.select(cfg, key)
+        if isinstance(value, int | float):
+            for method in map(str, part.rows["method"].unique()):
+                series = re.sub(rf"(, )?{re.escape(name)} [-+.\de]+", "", method).strip(", ")
+                values[method] = series, float(value)
+    return Axis(name, values)
 
 
 def collect(patterns: Iterable[str], out: Path) -> Collected:
@@ -304,6 +404,9 @@ def write_tables(
     ours: str | None = None,
     scores: Sequence[str] = tuple(GROUPS),
     name: str = "table",
+    may_differ: Sequence[str] = (),
+    axis: Axis | None = None,
+    command: str | None = None,
 ) -> list[Path]:
     """Write all tables and figures into a folder, each file whole or not at all; returns paths.
 
@@ -315,6 +418,9 @@ def write_tables(
         ours: the method that the others are tested against; None tests none.
         scores: names of ``GROUPS`` and of single scores, ``bone/psnr``.
         name: of the LaTeX labels.
+        may_differ: facts of the data that may differ within the table, which then says so.
+        axis: what the methods differ in, where that is a number: adds ``curves.png`` and ``.pdf``.
+        command: that made the runs, for the table's end.
 
     Raises:
         ValueError: nothing was collected, or what was may not stand in one table; ``out`` is one
@@ -328,7 +434,7 @@ def write_tables(
         raise ValueError(f"expected folders with {CASES}, got none: {reasons}")
     if out.resolve() in {Path(part.folder).resolve() for part in scored}:
         raise ValueError(f"expected a folder of its own as out, got one of the scores: {out}")
-    rows = as_rows(merged(scored))
+    rows = as_rows(merged(scored, may_differ))
     groups = groups_of(scores, rows)
     named = ours_last(rows, ours)
     methods = list(named["method"].unique())
@@ -355,17 +461,25 @@ def write_tables(
     files: dict[str, str | bytes] = {
         CASES: rows.to_csv(index=False, na_rep="nan", lineterminator="\n"),
         "table.csv": long.to_csv(index=False, na_rep="nan", lineterminator="\n"),
-        "table.md": markdown_file(tables, scored, left_out),
+        "table.md": markdown_file(tables, scored, left_out, command),
         "table.tex": latex_file(tables, name, scored, left_out),
     }
     curves = next(headline(named, of) for _, of in groups.values() if set(of) & _defined(long))
     if long["misregistration_mm"].nunique() > 1:
         files |= curves_of(curves, ours)
-    for stale in {"robustness.png", "robustness.pdf"} - set(files):
+    if axis is not None and len(axis.values) > 1:
+        figure = parameter_figure(long, axis)
+        files |= {"curves.png": figure_png(figure), "curves.pdf": figure_pdf(figure)}
+    if (robustness := robustness_of(rows, ours)) is not None:
+        files |= robustness_files(*robustness)
+    figures = {f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "pdf")}
+    for stale in {*figures, *PERTURBED} - set(files):
         (out / stale).unlink(missing_ok=True)
     print_table(headline(named, headline_scores(curves)[:MOST_PRINTED]), name)
     return [write_atomically(out / file, content) for file, content in files.items()]
 
+
+FIGURES = ("robustness", "curves")
 
 MOST_PRINTED = 5
 """Scores that a terminal has room for."""
@@ -408,10 +522,15 @@ def curves_of(table: pd.DataFrame, ours: str | None) -> dict[str, str | bytes]:
 
 
 def markdown_file(
-    tables: Sequence[PaperTable], scored: Sequence[Scored], left_out: Sequence[LeftOut]
+    tables: Sequence[PaperTable],
+    scored: Sequence[Scored],
+    left_out: Sequence[LeftOut],
+    command: str | None = None,
 ) -> str:
     """All tables, then where they are from and what they lack."""
-    parts = [*map(markdown, tables), _bullets("Collected from", [p.folder for p in scored])]
+    parts = [*map(markdown, tables)]
+    parts += [_bullets("Made by", [command])] if command else []
+    parts += [_bullets("Collected from", [p.folder for p in scored])]
     parts += [_bullets("Not collected", list(map(str, left_out)))] if left_out else []
     return "\n".join(parts)
 

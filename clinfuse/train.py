@@ -1,5 +1,6 @@
 """Train a method and score it: ``python -m clinfuse.train preset=stroke``."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -16,6 +17,7 @@ from clinfuse.callbacks.calibration import CalibrationFit, read_calibration
 from clinfuse.callbacks.loggers import all_of
 from clinfuse.callbacks.recorder import CaseRecorder
 from clinfuse.configuration import (
+    CHECKPOINT,
     CONFIG_PATH,
     add_draws,
     build_method,
@@ -28,6 +30,16 @@ from clinfuse.configuration import (
     run_facts,
 )
 from clinfuse.metrics.calibration import Calibration
+from clinfuse.reporting.atomic import write_atomically
+from clinfuse.runs import (
+    State,
+    adopt_training,
+    begun,
+    own_checkpoint,
+    run_key,
+    shared_training,
+    training_key,
+)
 
 log = logging.getLogger(__name__)
 register_resolvers()
@@ -39,16 +51,20 @@ def main(cfg: DictConfig) -> float | None:
     """Fit, then sample and score the test cases; the objective metric goes back to a sweep."""
     quiet_libraries()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    checkpoint = None
     if cfg.resume:
-        checkpoint = checkpoint_of(cfg.resume)
-        checkpoint_content(checkpoint)  # before the run's record is written anew
+        checkpoint_content(checkpoint_of(cfg.resume))  # before the run's record is written anew
         cfg = resumed(cfg)
+        state = State(run_key(cfg), config=OmegaConf.to_yaml(cfg))
     else:
-        cfg.name, cfg.method_name = str(cfg.name), str(cfg.method_name)  # known to Hydra alone
+        for name in ("name", "method_name", "label"):
+            cfg[name] = str(cfg[name])  # known to Hydra alone
         if cfg.lesion_head is not None:
             cfg.lesion_head = str(Path(cfg.lesion_head).resolve())  # wherever it is read from
+        state = begun(folder, cfg)
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+        if state.is_finished:
+            print(f"finished before: {folder}", flush=True)
+            return state.objective
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
@@ -69,12 +85,17 @@ def main(cfg: DictConfig) -> float | None:
     facts = {**run_facts(), "seed": cfg.seed, "data": data.describe()}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     data.write_splits(folder / "splits.json")
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**settings, "facts": facts})
     if method.is_trainable:
-        trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        cost = training_cost(trainer)
-        (folder / "cost.json").write_text(json.dumps(cost, indent=1) + "\n")
-    objective = trainer.callback_metrics.get(cfg.objective_metric)
+        trainings = None if cfg.get("trainings") is None else Path(cfg.trainings)
+        train(method, data, trainer, folder, trainings, training_key(cfg))
     add_draws(method, folder / "checkpoints")
+    if cfg.get("validate") and cfg.objective_metric not in trainer.callback_metrics:
+        trainer.validate(method, datamodule=data, verbose=False)
+    objective = trainer.callback_metrics.get(cfg.objective_metric)
     calibration = calibrated(cfg, method, data, folder)
     if cfg.test:
         for recorder in (c for c in trainer.callbacks if isinstance(c, CaseRecorder)):
@@ -84,7 +105,29 @@ def main(cfg: DictConfig) -> float | None:
         trainer.test(method, datamodule=data, verbose=False)
         if (folder / "report.html").exists():
             print(f"report: {folder / 'report.html'}")
-    return None if objective is None else float(objective)
+    value = None if objective is None else float(objective)
+    state._replace(is_finished=True, objective=value).write(folder)
+    return value
+
+
+def train(
+    method: Any, data: Any, trainer: Any, folder: Path, trainings: Path | None, key: str
+) -> None:
+    """Give a method its weights: go on where the folder's last checkpoint is, or begin.
+
+    Where ``trainings`` remembers a run with the same training, its weights are taken instead.
+    """
+    with contextlib.ExitStack() as stack:
+        if trainings is not None:
+            trained = stack.enter_context(shared_training(trainings, key, folder))
+            if trained is not None:
+                log.info("trained before, with the same data and settings: %s", trained)
+                adopt_training(trained, folder)
+                method.load_state_dict(checkpoint_content(folder / CHECKPOINT)["state_dict"])
+                return
+        trainer.fit(method, datamodule=data, ckpt_path=own_checkpoint(folder), weights_only=True)
+        cost = training_cost(trainer)
+        write_atomically(folder / "cost.json", json.dumps(cost, indent=1) + "\n")
 
 
 def training_cost(trainer: Any) -> dict[str, int | float]:

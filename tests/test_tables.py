@@ -12,10 +12,17 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy import stats
 
-from clinfuse.configuration import CONFIG_PATH
 from clinfuse.data.splits import write_splits
 from clinfuse.reporting.rows import case_rows, read_rows, write_rows
-from clinfuse.tables import collect, main, write_tables
+from clinfuse.tables import (
+    TABLES_PATH,
+    axis_of,
+    collect,
+    main,
+    readable,
+    tables_of_sweep,
+    write_tables,
+)
 
 CASES = [f"case_{number}" for number in range(8)]
 VOLUMES = {
@@ -79,7 +86,7 @@ def tables(folder, *patterns, ours=None, **asked):
 
 
 def configured(*overrides):
-    with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+    with initialize_config_dir(TABLES_PATH, version_base="1.3"):
         return compose("tables", overrides)
 
 
@@ -139,11 +146,75 @@ def test_nothing_to_collect_ends_in_a_sentence_and_a_status(tmp_path, capsys):
     assert f"left out: {tmp_path}/failed has no cases.csv" in error
 
 
-@pytest.mark.parametrize("missing, left", [("from", "out=a"), ("out", "from=a")])
-def test_what_must_be_on_the_command_line_is_asked_for(missing, left, capsys):
+@pytest.mark.parametrize(
+    "asked, sentence",
+    [
+        (["out=a"], "expected either from=[FOLDERS] or experiment=NAME"),
+        (["from=a", "experiment=b"], "expected either from=[FOLDERS] or experiment=NAME"),
+        (["from=a"], "expected out=FOLDER for the tables, got none"),
+        (["experiment=b", "scale=x"], "expected a sweep with sweep.json, found none"),
+    ],
+)
+def test_what_must_be_on_the_command_line_is_asked_for(asked, sentence, capsys):
     with pytest.raises(SystemExit):
-        main(configured(left))
-    assert f"expected {missing}=VALUE on the command line" in capsys.readouterr().err
+        main(configured(*asked))
+    assert sentence in capsys.readouterr().err
+
+
+# Sweeps.
+
+
+def swept(folder, jobs, table):
+    """A sweep over the steps of a sampler whose runs at 2 and 20 steps are there."""
+    folder.mkdir(parents=True)
+    content = {"group": "steps", "jobs": jobs, "table": table, "command": "made by this"}
+    (folder / "sweep.json").write_text(json.dumps(content))
+    for steps in (20, 2):
+        cfg = {"method_name": "clinfuse", "data": VOLUMES, "method": {"steps": steps}}
+        job = recorded(folder / f"steps={steps}", cfg, [f"method.steps={steps}", "scale=small"])
+        scores(job, f"method.steps={steps}", 20.0 + steps)
+    return folder
+
+
+def test_a_sweep_names_its_methods_its_curves_and_the_jobs_that_were_never_begun(tmp_path, capsys):
+    folder = swept(
+        tmp_path / "sweep",
+        [[f"method.steps={steps}"] for steps in (2, 20, 50)],
+        {
+            "names": {"method.steps=": "steps "},
+            "axis": {"key": "method.steps", "name": "steps"},
+            "ours": "steps 20",
+            "scores": ["bone/psnr"],
+        },
+    )
+    written = {path.name for path in tables_of_sweep(folder)}
+    assert written == FILES | FIGURES | {"curves.png", "curves.pdf"}
+    missing = f"missing: {folder} has no run of method.steps=50: it was never begun"
+    assert missing in capsys.readouterr().err
+    text = (folder / "table" / "table.md").read_text()
+    assert missing in text and "- `made by this`" in text and "| steps 2 |" in text
+    long = pd.read_csv(folder / "table" / "table.csv")
+    assert set(long["method"]) == {"steps 2", "steps 20"}
+    assert set(long.query("method == 'steps 2'")["mark"]) == {"win"}
+
+
+def test_a_label_is_said_as_a_reader_would():
+    names = {"method.guidance.eta=": "η ", "method.guidance.eta_u=": "η_u ", "ablation=": ""}
+    assert readable("method.guidance.eta=0.1,method.guidance.eta_u=0.01", names) == (
+        "η 0.1, η_u 0.01"
+    )
+    assert readable("ablation=no_guidance", names) == "no guidance"
+
+
+def test_the_axis_of_a_sweep_is_what_its_runs_settings_say(tmp_path):
+    folder = swept(tmp_path / "sweep", [], {})
+    collected = collect([str(folder)], tmp_path / "out")
+    axis = axis_of(collected.scored, "method.steps", "steps")
+    assert {method: number for method, (_, number) in axis.values.items()} == {
+        "method.steps=2": 2.0,
+        "method.steps=20": 20.0,
+    }
+    assert axis_of(collected.scored, "method.eta", "η").values == {}
 
 
 # What is collected, and what is named.
@@ -343,6 +414,33 @@ def test_a_dollar_in_a_name_does_not_stop_the_figure(tmp_path):
     run(tmp_path / "0", "$_{$ costs", 20.0)
     tables(tmp_path, tmp_path / "0", ours="$_{$ costs")
     assert (tmp_path / "out" / "robustness.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def test_perturbed_cases_have_a_figure_beside_the_tables_that_are_without_them(tmp_path):
+    perturbed = {"perturbations.csv", "perturbations.png", "perturbations.pdf"}
+    for method, level in (("average", 20.0), ("$ours", 25.0)):
+        run(tmp_path / method, method, level)
+    tables(tmp_path, tmp_path / "average", tmp_path / "$ours", ours="$ours")
+    plain = (tmp_path / "out" / "table.csv").read_text()
+    assert not perturbed & {path.name for path in (tmp_path / "out").iterdir()}
+
+    for method in ("average", "$ours"):
+        rows = read_rows(tmp_path / method / "cases.csv")
+        rows = rows[rows["misregistration_mm"] == 0]
+        wrong = rows.assign(perturbation="noise_std", amount=0.1, value=rows["value"] - 5)
+        write_rows(tmp_path / method / "cases.csv", wrong)
+    tables(tmp_path, tmp_path / "average", tmp_path / "$ours", ours="$ours")
+    assert perturbed <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out" / "table.csv").read_text() == plain
+    assert len(read_rows(tmp_path / "out" / "cases.csv")) == 2 * 3 * 16
+    numbers = pd.read_csv(tmp_path / "out" / "perturbations.csv").query("axis == 'noise_std'")
+    mean = numbers.query("metric == 'psnr'").set_index(["method", "amount"])["mean"]
+    assert mean["$ours", 0.0] - mean["$ours", 0.1] == pytest.approx(5)
+
+    shutil.rmtree(tmp_path / "$ours")
+    scores(tmp_path / "average2", "average", 20.0)
+    tables(tmp_path, tmp_path / "average2")
+    assert not perturbed & {path.name for path in (tmp_path / "out").iterdir()}  # stale ones go
 
 
 def test_a_real_run_states_its_cohort_its_split_and_its_versions(smoke_run, tmp_path):

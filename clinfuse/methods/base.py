@@ -33,6 +33,10 @@ class FusionMethod(LightningModule):
     """Raise when the same weights and settings give other samples: what was calibrated on those of
     before then no longer holds."""
 
+    sampling_only: tuple[str, ...] = ()
+    """Constructor arguments that no weight depends on: runs that differ in them alone are trained
+    alike."""
+
     adaptation_seconds: Mapping[str, float] = MappingProxyType({})
     """By case, what adapting to it cost when it was fused last; empty where nothing adapts."""
 

@@ -169,6 +169,7 @@ class RoiDiffusion(FusionMethod):
 
     needs_reference = True
     sampling_version = 2
+    sampling_only = ("guidance_loss", "sampler", "steps", "members", "guidance", "centred")
 
     def __init__(
         self,

@@ -33,8 +33,12 @@ class Scored:
     has_commit: bool = False
 
 
-def merged(scored: Sequence[Scored]) -> pd.DataFrame:
+def merged(scored: Sequence[Scored], may_differ: Collection[str] = ()) -> pd.DataFrame:
     """The rows of all folders, in their order.
+
+    Args:
+        scored: the folders.
+        may_differ: names of ``Scored.data`` that need not be alike: what an ablation varies.
 
     Raises:
         ValueError: they tested different cases, or on data of another kind or range, or one method
@@ -43,7 +47,8 @@ def merged(scored: Sequence[Scored]) -> pd.DataFrame:
     splits = [(set(s.test_cases), s.folder) for s in scored if s.test_cases is not None]
     for tested in (splits, [(set(s.rows["case_id"]), s.folder) for s in scored]):
         _check_cases(tested)
-    for name in dict.fromkeys(name for part in scored for name in part.data):
+    names = dict.fromkeys(name for part in scored for name in part.data)
+    for name in (name for name in names if name not in may_differ):
         _check_data(name, [part for part in scored if name in part.data])
     rows = pd.concat([part.rows.assign(folder=part.folder) for part in scored])
     twice = rows[rows.duplicated(list(ROW_KEY), keep=False)]

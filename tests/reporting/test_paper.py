@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from clinfuse.reporting.collection import Scored
 from clinfuse.reporting.paper import (
@@ -49,6 +50,18 @@ def rows():
     return made + rows_of("better", base + random.uniform(0.5, 2, 12))
 
 
+def test_perturbed_cases_are_in_no_table_of_a_paper(rows):
+    wrong = [row | {"perturbation": "mask_holes", "amount": 0.2, "value": 0.0} for row in rows]
+    both = wrong + rows
+    pd.testing.assert_frame_equal(
+        long_table(both, [PSNR], "ours"), long_table(rows, [PSNR], "ours")
+    )
+    assert ours_last(both, "worse").equals(ours_last(rows, "worse"))
+    assert provenance(both, []) == provenance(rows, [])
+    tables = [paper_table(r, "quality", "Quality", [PSNR], "ours") for r in (both, rows)]
+    assert markdown(tables[0]) == markdown(tables[1])
+
+
 def of_method(rows, method):
     return np.array([row["value"] for row in rows if row["method"] == method])
 
@@ -70,6 +83,27 @@ def test_statistics_are_those_of_scipy_and_of_holm_by_hand(rows):
         expected = (of_method(rows, "ours") - of_method(rows, name)).mean()
         assert long.loc[name, "difference"] == pytest.approx(expected)
     assert tuple(long.reset_index().columns) == LONG_COLUMNS
+
+
+def test_statistics_of_many_methods_and_gaps_are_those_of_scipy_and_statsmodels():
+    random = np.random.default_rng(1)
+    values = {name: random.normal(level, 1, 15) for level, name in enumerate("oabcdef")}
+    values["c"][[2, 9]] = math.nan
+    made = [row for name, column in values.items() for row in rows_of(name, column)]
+    long = long_table(made, [PSNR], "o").set_index("method")
+    others = list("abcdef")
+    paired = {name: (values["o"] - values[name])[~np.isnan(values[name])] for name in others}
+    p = [stats.wilcoxon(paired[name]).pvalue for name in others]
+    np.testing.assert_allclose(long.loc[others, "p"], p, rtol=1e-12)
+    corrected = multipletests(p, method="holm")[1]
+    np.testing.assert_allclose(long.loc[others, "p_holm"], corrected, rtol=1e-12)
+    assert long.loc["c", ["n", "pairs", "undefined"]].tolist() == [13, 13, 2]
+    interval = stats.bootstrap(  # another sample of resamples: alike to a twentieth of the width
+        [values["a"]], np.mean, method="percentile", n_resamples=20_000, random_state=random
+    ).confidence_interval
+    width = interval.high - interval.low
+    assert long.loc["a", "low"] == pytest.approx(interval.low, abs=width / 20)
+    assert long.loc["a", "high"] == pytest.approx(interval.high, abs=width / 20)
 
 
 def test_a_win_a_tie_and_a_loss_are_told_apart(rows):

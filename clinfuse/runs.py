@@ -1,0 +1,188 @@
+"""What a training run's folder says of itself: begun, finished, or trained by another run.
+
+A sweep that is started again asks here which of its runs are done. Runs that differ in how they
+sample and in what they are tested on alone share one training.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from clinfuse.configuration import CHECKPOINT, checkpoint_content, fingerprint
+from clinfuse.reporting.atomic import write_atomically
+
+log = logging.getLogger(__name__)
+
+STATE = "run.json"
+
+_SAY_NOTHING = ("name", "label", "group", "tags", "resume", "trainings", "logger", "callbacks")
+"""Settings that change neither weights nor scores; of the callbacks some do: ``_DECIDING``."""
+
+_DECIDING = {"ema": ("decay",), "model_draws": ("fractions",)}
+
+_OF_TESTS = ("misregistration_mm", "val_misregistration_mm", "misregistration_deg_per_mm")
+_OF_TESTS += ("misregistration_seed", "perturbations", "perturbed_at_mm", "num_workers")
+"""What a DataModule is told of validation, test and speed alone."""
+
+_OF_TRAINING = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "overfit_batches")
+_OF_TRAINING += ("accumulate_grad_batches", "limit_train_batches", "devices", "strategy")
+"""What a Trainer is told that decides the weights."""
+
+
+class State(NamedTuple):
+    """What ``run.json`` holds.
+
+    Attributes:
+        key: of the configuration that the folder is of.
+        is_finished: trained, sampled and scored.
+        objective: what goes back to a sweep.
+        config: as ``.hydra/config.yaml``, which Hydra overwrites before it asks.
+    """
+
+    key: str
+    is_finished: bool = False
+    objective: float | None = None
+    config: str = ""
+
+    def write(self, folder: Path) -> None:
+        write_atomically(folder / STATE, json.dumps(self._asdict(), indent=1) + "\n")
+
+
+def run_key(cfg: DictConfig) -> str:
+    """Differs between configurations whose weights or scores may differ."""
+    plain = _resolved(cfg)
+    kept = {name: value for name, value in plain.items() if name not in _SAY_NOTHING}
+    kept["trainer"] = {k: v for k, v in plain["trainer"].items() if k != "default_root_dir"}
+    return fingerprint(kept | _deciding_callbacks(plain))
+
+
+def training_key(cfg: DictConfig) -> str:
+    """Differs between configurations whose weights may differ.
+
+    What a method has for sampling alone its class says: ``sampling_only``.
+    """
+    plain = _resolved(cfg)
+    sampling = getattr(get_class(plain["method"]["_target_"]), "sampling_only", ())
+    decides = {
+        "method": {k: v for k, v in plain["method"].items() if k not in sampling},
+        "data": {k: v for k, v in plain["data"].items() if k not in _OF_TESTS},
+        "trainer": {k: v for k, v in plain["trainer"].items() if k in _OF_TRAINING},
+        "seed": plain["seed"],
+        "lesion_head": plain.get("lesion_head"),
+    }
+    return fingerprint(decides | _deciding_callbacks(plain))
+
+
+def _deciding_callbacks(plain: dict[str, Any]) -> dict[str, Any]:
+    callbacks = plain.get("callbacks") or {}
+    return {
+        name: {setting: callbacks[name].get(setting) for setting in settings}
+        for name, settings in _DECIDING.items()
+        if callbacks.get(name)
+    }
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(name): value for name, value in plain.items()}
+
+
+def begun(folder: Path, cfg: DictConfig) -> State:
+    """What a run's folder holds of this configuration; a folder that is new begins one.
+
+    Raises:
+        ValueError: the folder is another configuration's, whose record is put back.
+    """
+    key = run_key(cfg)
+    if (state := read_state(folder)) is None:
+        state = State(key, config=OmegaConf.to_yaml(cfg))
+        state.write(folder)
+    elif state.key != key:
+        write_atomically(folder / ".hydra" / "config.yaml", state.config)
+        raise ValueError(
+            f"expected a folder that is new, or of the same configuration, got one of another "
+            f"(remove it, or choose another folder): {folder}"
+        )
+    return state
+
+
+def read_state(folder: Path) -> State | None:
+    """What ``run.json`` says; None where there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        return State(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"expected a run's record, got one that cannot be read: {path}") from error
+
+
+def own_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from, of a run that was interrupted; None where it saved none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    checkpoint_content(path)
+    return path
+
+
+@contextmanager
+def shared_training(trainings: Path, key: str, folder: Path) -> Iterator[Path | None]:
+    """The folder of a finished run with the same training, or None: then train, and it is shared.
+
+    Who comes meanwhile with the same key waits; a process that dies lets the next one in.
+
+    Args:
+        trainings: the folder that remembers, by key, who has trained what.
+        key: ``training_key``.
+        folder: of the run that asks.
+    """
+    trainings.mkdir(parents=True, exist_ok=True)
+    record = trainings / f"{key}.json"
+    with (trainings / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        trained = Path(json.loads(record.read_text())["folder"]) if record.is_file() else None
+        is_there = trained is not None and (trained / CHECKPOINT).is_file()
+        if is_there and trained != folder.resolve():
+            yield trained
+            return
+        yield None
+        if (folder / CHECKPOINT).is_file():
+            content = {"folder": str(folder.resolve())}
+            write_atomically(record, json.dumps(content) + "\n")
+
+
+def adopt_training(trained: Path, folder: Path) -> None:
+    """Give a run's folder the weights, and what they cost, of another run that trained them.
+
+    Files are linked where the disk can, so that a sweep over ten samplers keeps one training.
+    """
+    own = folder / CHECKPOINT.parent
+    own.mkdir(parents=True, exist_ok=True)
+    for file in sorted((trained / CHECKPOINT.parent).iterdir()):
+        if (own / file.name).exists():
+            continue
+        try:
+            os.link(file, own / file.name)
+        except OSError:
+            shutil.copyfile(file, own / file.name)
+    if (trained / "cost.json").is_file():
+        shutil.copyfile(trained / "cost.json", folder / "cost.json")

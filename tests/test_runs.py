@@ -1,0 +1,144 @@
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from clinfuse.configuration import CHECKPOINT
+from clinfuse.runs import (
+    STATE,
+    State,
+    adopt_training,
+    begun,
+    own_checkpoint,
+    read_state,
+    run_key,
+    shared_training,
+    training_key,
+)
+
+
+def trained(folder, weights=b"weights"):
+    (folder / CHECKPOINT).parent.mkdir(parents=True)
+    (folder / CHECKPOINT).write_bytes(weights)
+    (folder / "cost.json").write_text('{"training_seconds": 1.0}')
+    return folder
+
+
+def keys(phantoms, *overrides):
+    cfg = phantoms.config(*phantoms.smoke, *overrides)
+    return training_key(cfg), run_key(cfg)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method.steps=7", "method.members=3", "sampler=dpm_solver", "guidance.eta=0.3",
+        "method.guidance_loss.alpha=2.0", "ablation=no_modulation", "data.misregistration_mm=[1.0]",
+        "trainer.limit_test_batches=2",
+    ],
+)  # fmt: skip
+def test_what_only_samples_or_tests_otherwise_shares_a_training_but_is_another_run(
+    override, phantoms
+):
+    training, run = keys(phantoms)
+    other_training, other_run = keys(phantoms, override)
+    assert other_training == training and other_run != run
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=1e-3", "seed=1", "trainer.max_epochs=3", "data.jitter.max_mm=1.0",
+        "method.parameterisation=eps", "data.training_reference=average", "objective.roi=0.5",
+        "guidance.alpha=2.0", "callbacks.ema.decay=0.5", "method=deterministic_unet",
+        "data.ct_map=window_40_400", "schedule=linear", "phantoms.seed=1",
+    ],
+)  # fmt: skip
+def test_what_changes_a_weight_is_another_training(override, phantoms):
+    assert all(a != b for a, b in zip(keys(phantoms), keys(phantoms, override), strict=True))
+
+
+@pytest.mark.parametrize("override", ["label=x", "group=x", "logger=csv", "name=x"])
+def test_what_a_run_is_called_changes_nothing(override, phantoms):
+    assert keys(phantoms, override) == keys(phantoms)
+
+
+def test_a_folder_is_begun_then_finished_and_remembers_what_goes_back_to_a_sweep(
+    phantoms, tmp_path
+):
+    cfg = phantoms.config(*phantoms.smoke)
+    state = begun(tmp_path, cfg)
+    assert not state.is_finished and read_state(tmp_path) == state
+    state._replace(is_finished=True, objective=0.25).write(tmp_path)
+    assert begun(tmp_path, cfg) == State(run_key(cfg), True, 0.25, state.config)
+
+
+def test_another_configurations_folder_is_refused_and_its_record_put_back(phantoms, tmp_path):
+    begun(tmp_path, phantoms.config(*phantoms.smoke))
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("what Hydra wrote over it")
+    with pytest.raises(ValueError, match="got one of another .*: " + str(tmp_path)):
+        begun(tmp_path, phantoms.config(*phantoms.smoke, "optimizer.lr=0.5"))
+    restored = (tmp_path / ".hydra" / "config.yaml").read_text()
+    assert restored == read_state(tmp_path).config and "max_epochs: 2" in restored
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"other": 1}'])
+def test_a_record_that_cannot_be_read_is_named(content, tmp_path):
+    (tmp_path / STATE).write_text(content)
+    with pytest.raises(ValueError, match=f"cannot be read: {tmp_path / STATE}"):
+        read_state(tmp_path)
+
+
+def test_a_run_goes_on_from_its_own_checkpoint_and_from_no_damaged_one(tmp_path):
+    assert own_checkpoint(tmp_path) is None
+    path = tmp_path / CHECKPOINT
+    path.parent.mkdir()
+    torch.save({"state_dict": {}}, path)
+    assert own_checkpoint(tmp_path) == path
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="expected a readable checkpoint"):
+        own_checkpoint(tmp_path)
+
+
+def test_the_first_run_trains_and_those_after_it_take_its_weights(tmp_path):
+    trainings, first, second = tmp_path / "trainings", tmp_path / "first", tmp_path / "second"
+    with shared_training(trainings, "key", first) as found:
+        assert found is None
+        trained(first)
+    with shared_training(trainings, "other", second) as found:
+        assert found is None
+    with shared_training(trainings, "key", second) as found:
+        assert found == first
+        adopt_training(found, second)
+    assert (second / CHECKPOINT).read_bytes() == b"weights"
+    assert os.path.samefile(first / CHECKPOINT, second / CHECKPOINT)
+    assert json.loads((second / "cost.json").read_text()) == {"training_seconds": 1.0}
+
+
+def test_a_training_that_failed_or_whose_folder_is_gone_is_trained_anew(tmp_path):
+    with (
+        pytest.raises(RuntimeError),
+        shared_training(tmp_path / "trainings", "key", trained(tmp_path / "first")),
+    ):
+        raise RuntimeError
+    with shared_training(tmp_path / "trainings", "key", tmp_path / "second") as found:
+        assert found is None
+        folder = trained(tmp_path / "second")
+    (folder / CHECKPOINT).unlink()
+    with shared_training(tmp_path / "trainings", "key", tmp_path / "third") as found:
+        assert found is None
+
+
+def test_runs_that_come_at_once_train_once(tmp_path):
+    def run(number):
+        folder = tmp_path / str(number)
+        with shared_training(tmp_path / "trainings", "key", folder) as found:
+            if found is None:
+                trained(folder)
+            return found is None
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(run, range(4))) == 1
