@@ -33,6 +33,7 @@ from clinfuse.configuration import (
 from clinfuse.data.splits import read_splits
 from clinfuse.metrics.calibration import Calibration
 from clinfuse.reporting.atomic import write_atomically
+from clinfuse.reporting.card import write_run_card
 from clinfuse.reporting.collection import Scored, merged
 from clinfuse.reporting.rows import read_rows, write_rows
 from clinfuse.reporting.tables import (
@@ -62,9 +63,14 @@ def main(cfg: DictConfig) -> None:
         )
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data = data_of(cfg, runs)
+    perturbed = {
+        name: ", ".join(f"{amount:g}" for amount in amounts)
+        for name, amounts in perturbations_of(cfg).items()
+    }
     facts = {
         "data": str(data.root),
         "cases": cases_of(data),
+        **perturbed,
         "runs": ", ".join(runs) or "none",
         "mask source": cfg.mask_source,
         **run_facts(),
@@ -98,6 +104,7 @@ def main(cfg: DictConfig) -> None:
     record = {**run_facts(), "seed": cfg.seed, "data": {"root": str(data.root)}}
     write_atomically(Path(cfg.out) / "facts.json", json.dumps(record, indent=1) + "\n")
     print(f"report: {recorder.write()}")
+    write_run_card(Path(cfg.out))
 
 
 def methods_of(
@@ -116,7 +123,8 @@ def methods_of(
             method.lesion_head = head
         if is_sampled_as_trained(saved, folder) and not lent:
             calibration = read_calibration(folder, method)
-        yield saved.method_name, saved.preset, saved.seed, method, calibration
+        name = saved.get("label") or saved.method_name
+        yield name, saved.preset, saved.seed, method, calibration
     names = [HydraConfig.get().runtime.choices.get("method"), *cfg.baselines]
     for name in (name for name in names if name):
         method = rule(name)
@@ -159,9 +167,25 @@ def data_of(cfg: DictConfig, runs: Sequence[str]) -> Any:
     if not all(isinstance(a, int | float) and math.isfinite(a) for a in amplitudes):
         raise ValueError(f"expected numbers in misregistration_mm, got {amplitudes}")
     amplitudes = [float(amplitude) for amplitude in amplitudes]
-    data = instantiate(data_cfg, misregistration_mm=amplitudes, _convert_="all")
+    wrong: dict[str, Any] = {}
+    if perturbations := perturbations_of(cfg):
+        wrong = {"perturbations": perturbations, "perturbed_at_mm": cfg.perturbed_at_mm}
+    data = instantiate(data_cfg, misregistration_mm=amplitudes, **wrong, _convert_="all")
     data.prepare_data()
     return data
+
+
+def perturbations_of(cfg: DictConfig) -> dict[str, Any]:
+    """What is to be wrong with cases besides misregistration: amounts, those that are given."""
+    plain = OmegaConf.to_container(cfg.perturbations, resolve=True)
+    assert isinstance(plain, dict)
+    asked = {str(name): amounts for name, amounts in plain.items() if amounts is not None}
+    if "without_lesion" in asked and cfg.mask_source != "expert":
+        raise ValueError(
+            f"expected mask_source=expert where perturbations.without_lesion withholds its lesion, "
+            f"got mask_source={cfg.mask_source}"
+        )
+    return asked
 
 
 def cases_of(data: Any) -> str:

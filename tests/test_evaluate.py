@@ -139,7 +139,7 @@ def test_an_automatic_mask_is_drawn_by_the_lesion_head_for_every_method(
         )  # fmt: skip
         folder = tmp_path / mask_source
         main(phantoms.config(*overrides, name="evaluate", folder=folder))
-        rows = pd.read_csv(folder / "cases.csv")
+        rows = pd.read_csv(folder / "cases.csv").query("metric != 'seconds'")
         assert set(rows["mask_source"]) == {mask_source}
         key = ["case_id", "roi", "metric"]
         return {name: of.set_index(key)["value"] for name, of in rows.groupby("method")}
@@ -172,7 +172,7 @@ def test_every_method_is_scored_on_the_same_moved_cases(name, method, rows, smok
 
 
 def test_scores_at_zero_millimetres_are_those_of_training(rows, smoke_run):
-    trained = pd.read_csv(smoke_run / "cases.csv")
+    trained = pd.read_csv(smoke_run / "cases.csv").query("metric != 'seconds'")
     key = ["case_id", "method", "misregistration_mm", "roi", "metric", "seed"]
     both = rows.merge(trained, on=key, suffixes=("", "_then"))
     assert len(both) == len(trained)
@@ -190,6 +190,53 @@ def test_a_rule_is_scored_on_any_data_without_a_run(phantoms, tmp_path):
     rows = pd.read_csv(tmp_path / "cases.csv")
     assert set(rows["method"]) == {"mask_composite"} and set(rows["mask_source"]) == {"none"}
     assert set(rows["preset"]) == {"bone_tumor"} and set(rows["misregistration_mm"]) == {1.0}
+
+
+def test_everything_that_can_go_wrong_is_scored_by_one_command(phantoms, tmp_path):
+    overrides = (
+        "baselines=[average,mask_composite]", "data=studies", f"data.root={phantoms.root}",
+        "pictures=0", "misregistration_mm=[0,2]", "perturbations=all",
+        "perturbations.rotation_deg=[0,2]", "perturbations.noise_std=null",
+    )  # fmt: skip
+    main(phantoms.config(*overrides, name="evaluate", folder=tmp_path))
+    rows = read_rows(tmp_path / "cases.csv")
+    amounts = {
+        perturbation: sorted(of["amount"].unique())
+        for perturbation, of in rows.groupby("perturbation")
+    }
+    assert amounts == {
+        "": [0.0], "rotation_deg": [2.0], "mask_shift_mm": [2.0, 4.0],
+        "mask_dilation_mm": [-2.0, 2.0, 4.0], "mask_holes": [0.2, 0.4], "without_lesion": [1.0],
+    }  # fmt: skip
+    assert rows.groupby("method").size().nunique() == 1
+    bone = rows.query("roi == 'bone' and metric == 'psnr'").set_index(
+        ["method", "misregistration_mm", "perturbation", "amount"]
+    )["value"]
+    plain = bone["average", 0.0, "", 0.0]
+    assert bone["average", 0.0, "mask_holes", 0.4] == plain  # it looks at no mask
+    fallen = bone["mask_composite", 0.0, "mask_holes", 0.4]
+    assert (
+        fallen < bone["mask_composite", 0.0, "mask_holes", 0.2] < bone["mask_composite", 0, "", 0]
+    )
+    assert bone["average", 0.0, "rotation_deg", 2.0] not in (plain, bone["average", 2.0, "", 0.0])
+    assert (tmp_path / "figures" / "perturbations.pdf").is_file()
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert "Holes in masks" in report and "<dt>mask_holes</dt>" in report
+
+
+def test_a_run_from_before_there_were_perturbations_is_scored_under_them(
+    smoke_run, phantoms, tmp_path
+):
+    saved = OmegaConf.load(smoke_run / ".hydra" / "config.yaml")
+    assert not {"perturbations", "perturbed_at_mm"} & set(saved.data)
+    overrides = (
+        f"run={smoke_run}", "misregistration_mm=[0]", "perturbations.noise_std=[0.3]", "pictures=0",
+        "perturbed_at_mm=2",
+    )  # fmt: skip
+    main(phantoms.config(*overrides, name="evaluate", folder=tmp_path))
+    rows = read_rows(tmp_path / "cases.csv")
+    tried = rows[["misregistration_mm", "perturbation", "amount"]].drop_duplicates().to_numpy()
+    assert tried.tolist() == [[0.0, "", 0.0], [2.0, "noise_std", 0.3]]
 
 
 def test_the_configured_rules_are_built_by_name_alone():
@@ -232,10 +279,18 @@ def refusal(phantoms, folder, capsys, *overrides):
         (["method=average", "data=studies", "data.root=HEADS", "misregistration_mm=[far]"],
          "numbers in misregistration_mm, got .'far'"),
         (["run=5"], "found none in 5"),
+        (["method=average", "data=studies", "data.root=HEADS", "perturbations.noise_std=0.1"],
+         "a list of amounts for noise_std, got 0.1"),
+        (["method=average", "data=studies", "data.root=HEADS", "perturbations.mask_holes=[2]"],
+         r"shares of a mask in \[0, 1\) for mask_holes, got 2"),
+        (["method=average", "data=studies", "data.root=HEADS", "perturbations=all",
+          "mask_source=none"], "mask_source=expert where .*without_lesion.* got mask_source=none"),
+        (["method=average", "data=phantom_slices", "perturbations.without_lesion=[1]"],
+         "volumes for without_lesion"),
     ],
     ids=["nothing", "no_run", "misspelt", "untrained", "untrained_method", "mask",
          "mask_without_head", "data", "head", "no_root", "no_list", "empty_list", "no_number",
-         "number_for_a_run"],
+         "number_for_a_run", "no_amounts", "no_share", "withheld_twice", "no_lesion"],
 )  # fmt: skip
 def test_what_cannot_be_scored_is_refused_in_a_sentence(
     overrides, words, phantoms, tmp_path, capsys

@@ -95,8 +95,8 @@ def with_gamma(mri: Float[Tensor, "1 d h w"], gamma: float | int) -> Float[Tenso
 
 
 def with_noise(
-    volume: Float[Tensor, "1 d h w"], sigma: float | int, generator: torch.Generator
-) -> Float[Tensor, "1 d h w"]:
+    volume: Float[Tensor, "1 *dhw"], sigma: float | int, generator: torch.Generator
+) -> Float[Tensor, "1 *dhw"]:
     """Gaussian noise of standard deviation ``sigma`` added, clipped to model space."""
     if sigma == 0:
         return volume

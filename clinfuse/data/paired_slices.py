@@ -25,9 +25,11 @@ from clinfuse.data.jitter import (
     move_mask,
 )
 from clinfuse.data.paired_volumes import Draw, DrawSampler, collate_batches
+from clinfuse.data.perturbation import Condition, conditions_of, perturbed
 from clinfuse.data.slices import (
     SMALLEST,
     Pair,
+    PairKind,
     Slice,
     find_pairs,
     kind_named,
@@ -180,26 +182,27 @@ class TrainingSlices(Dataset[SliceBatch]):
 
 
 class MisregisteredSlices(Dataset[SliceBatch]):
-    """Whole pairs, each moved by its own fixed direction at one amplitude."""
+    """Whole pairs, each moved by its own fixed direction and perturbed alike."""
 
     def __init__(
         self,
         slices: Sequence[Slice],
-        amplitude_mm: float | int,
-        amplitude_deg: float | int,
+        condition: Condition,
+        deg_per_mm: float | int,
         seed: int,
     ) -> None:
-        self.slices, self.seed = slices, seed
-        self.amplitude_mm, self.amplitude_deg = amplitude_mm, amplitude_deg
+        self.slices, self.condition, self.seed = slices, condition, seed
+        self.amplitude_deg = condition.turn_deg(deg_per_mm)
 
     def __len__(self) -> int:
         return len(self.slices)
 
     def __getitem__(self, index: int) -> SliceBatch:
-        pair = self.slices[index]
-        return slice_item(
-            pair, fixed_in_plane(pair.case_id, self.amplitude_mm, self.amplitude_deg, self.seed)
-        )
+        pair, amplitude_mm = self.slices[index], self.condition.misregistration_mm
+        moved = fixed_in_plane(pair.case_id, amplitude_mm, self.amplitude_deg, self.seed)
+        item = perturbed(slice_item(pair, moved), self.condition, self.seed)
+        assert isinstance(item, SliceBatch)
+        return item
 
 
 class PairedSlices(lightning.LightningDataModule):
@@ -219,7 +222,7 @@ class PairedSlices(lightning.LightningDataModule):
         misregistration_deg_per_mm: rotation that goes with each millimetre of shift.
         num_workers: processes that draw; the draws are the same for any number.
         seed: of draws.
-        misregistration_seed: of the directions of fixed misregistration.
+        misregistration_seed: of fixed misregistration and of perturbations.
         splits: names or patients of train, val and test, or ``all``; a list that is left out is
             empty. Default those of ``splits_file``.
         splits_file: JSON with such lists. Default ``splits.json`` or ``split_info.json`` in the
@@ -233,6 +236,9 @@ class PairedSlices(lightning.LightningDataModule):
         split: ``patient``, or ``community``: 70/15/15 of the slices, whoever they are of, as many
             papers do. Neighbouring slices of a patient then lie in train and in test, and the
             numbers are too good; it is here to place them, and says so.
+        perturbations: as of ``PairedVolumes``, in the plane. Masks can go wrong only where there
+            are any (ct_mri), and no pair has a lesion to withhold.
+        perturbed_at_mm: the misregistration at which it is; a rotation is without a shift.
 
     Raises:
         ValueError: for another ``split``, or ``community`` with lists of one's own; for lists, a
@@ -259,6 +265,8 @@ class PairedSlices(lightning.LightningDataModule):
         split: str = "patient",
         reference: Callable[[Tensor, Tensor], Tensor] | None = None,
         cache_dir: Path | str | None = None,
+        perturbations: Mapping[str, Any] | None = None,
+        perturbed_at_mm: Any = 0.0,
     ) -> None:
         super().__init__()
         if split not in ("patient", "community"):
@@ -272,6 +280,8 @@ class PairedSlices(lightning.LightningDataModule):
         self.batch_size, self.draws_per_epoch = batch_size, draws_per_epoch
         self.jitter, self.patch_shape = jitter, patch_shape
         self.misregistration_mm = tuple(misregistration_mm)
+        self.conditions = conditions_of(misregistration_mm, perturbations, perturbed_at_mm)
+        _check_there_are_masks(self.conditions, kind, self.pair_kind)
         self.val_misregistration_mm = val_misregistration_mm
         self.misregistration_deg_per_mm = misregistration_deg_per_mm
         self.misregistration_seed = misregistration_seed
@@ -333,11 +343,11 @@ class PairedSlices(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         slices = self._with_references(self.slices("val"))
-        return self._misregistered(slices, self.val_misregistration_mm)
+        return self._misregistered(slices, Condition(self.val_misregistration_mm))
 
     def test_dataloader(self) -> list[DataLoader]:
         slices = self._some("test")
-        return [self._misregistered(slices, amplitude) for amplitude in self.misregistration_mm]
+        return [self._misregistered(slices, condition) for condition in self.conditions]
 
     def describe(self) -> dict[str, Any]:
         """Facts of the set for the run's record."""
@@ -423,10 +433,11 @@ class PairedSlices(lightning.LightningDataModule):
                     f"a patch_shape, got {sizes}"
                 )
 
-    def _misregistered(self, slices: Sequence[Slice], amplitude_mm: float | int) -> DataLoader:
-        amplitude_deg = amplitude_mm * self.misregistration_deg_per_mm
+    def _misregistered(self, slices: Sequence[Slice], condition: Condition) -> DataLoader:
         return DataLoader(
-            MisregisteredSlices(slices, amplitude_mm, amplitude_deg, self.misregistration_seed),
+            MisregisteredSlices(
+                slices, condition, self.misregistration_deg_per_mm, self.misregistration_seed
+            ),
             batch_size=1,
             collate_fn=collate_slices,
             num_workers=self.num_workers,
@@ -549,6 +560,17 @@ def _check_numbers(
     if not are_amplitudes:
         raise ValueError(
             f"expected misregistration_mm to be a list of numbers, got {misregistration_mm!r}"
+        )
+
+
+def _check_there_are_masks(conditions: Sequence[Condition], name: str, kind: PairKind) -> None:
+    asked = [condition.perturbation for condition in conditions]
+    if "without_lesion" in asked:
+        raise ValueError("expected volumes for without_lesion: no 2-D pair has a lesion's mask")
+    masks = sorted({perturbation for perturbation in asked if perturbation.startswith("mask_")})
+    if masks and not kind.is_ct:
+        raise ValueError(
+            f"expected pairs with masks (kind ct_mri) for {', '.join(masks)}, got {name}"
         )
 
 

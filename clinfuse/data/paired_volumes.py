@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning
 import numpy as np
@@ -30,6 +30,7 @@ from clinfuse.data.jitter import (
     move,
     move_mask,
 )
+from clinfuse.data.perturbation import Condition, conditions_of, perturbed
 from clinfuse.data.splits import (
     SPLITS,
     Splits,
@@ -43,6 +44,16 @@ from clinfuse.functional.intensity import CtMap
 from clinfuse.types import FusionBatch
 
 log = logging.getLogger(__name__)
+
+
+PseudoReference = Literal["own", "average", "maximum"]
+"""What training aims at: what the study ships, else the composite; or an ablation of method, §3."""
+
+PSEUDO_REFERENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "average": lambda mri, ct: (mri + ct) / 2,
+    "maximum": torch.maximum,
+}
+"""Of the clean registered pair."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,10 @@ class TrainingDraws(Dataset[FusionBatch]):
         jitter: RegistrationJitter | None,
         augmentation: Augmentation | None,
         patch_shape: Sequence[int] | None = None,
+        reference: PseudoReference = "own",
     ) -> None:
         self.studies, self.jitter, self.augmentation = studies, jitter, augmentation
-        self.patch_shape = patch_shape
+        self.patch_shape, self.reference = patch_shape, reference
 
     def __len__(self) -> int:
         return len(self.studies)
@@ -100,6 +112,9 @@ class TrainingDraws(Dataset[FusionBatch]):
         varied = (self.augmentation or NO_AUGMENTATION).draw(generator)
         misregistration = (self.jitter or NO_JITTER).draw(generator)
         item = study_item(study, misregistration, varied)
+        if self.reference != "own":
+            assert item.clean_mri is not None and item.clean_ct is not None
+            item.reference = PSEUDO_REFERENCES[self.reference](item.clean_mri, item.clean_ct)
         if self.patch_shape is not None:
             item = random_patch(item, self.patch_shape, generator)
         item.mri = with_noise(item.mri[0], varied.mri_noise, generator)[None]
@@ -108,27 +123,25 @@ class TrainingDraws(Dataset[FusionBatch]):
 
 
 class Misregistered(Dataset[FusionBatch]):
-    """Whole studies, unaugmented, each moved by its own fixed direction at one amplitude."""
+    """Whole studies, unaugmented, each moved by its own fixed direction and perturbed alike."""
 
     def __init__(
         self,
         studies: Sequence[Study],
-        amplitude_mm: float | int,
-        amplitude_deg: float | int,
+        condition: Condition,
+        deg_per_mm: float | int,
         seed: int,
     ) -> None:
-        self.studies, self.seed = studies, seed
-        self.amplitude_mm, self.amplitude_deg = amplitude_mm, amplitude_deg
+        self.studies, self.condition, self.seed = studies, condition, seed
+        self.amplitude_deg = condition.turn_deg(deg_per_mm)
 
     def __len__(self) -> int:
         return len(self.studies)
 
     def __getitem__(self, index: int) -> FusionBatch:
-        study = self.studies[index]
-        return study_item(
-            study,
-            fixed_misregistration(study.case_id, self.amplitude_mm, self.amplitude_deg, self.seed),
-        )
+        study, amplitude_mm = self.studies[index], self.condition.misregistration_mm
+        moved = fixed_misregistration(study.case_id, amplitude_mm, self.amplitude_deg, self.seed)
+        return perturbed(study_item(study, moved), self.condition, self.seed)
 
 
 NO_AUGMENTATION = Augmentation(0, 0, 0, 0, 0, 0, 0)
@@ -253,11 +266,16 @@ class PairedVolumes(lightning.LightningDataModule):
         patch_shape: (d, h, w) of random training patches; None trains on whole studies.
         ct_map: how HU become model space.
         misregistration_mm: amplitudes of ``test_dataloader``, one loader each.
+        perturbations: what else is to be wrong in test cases, one thing at a time: amounts by name
+            of ``data.perturbation.PERTURBATIONS``, one loader each after those of
+            misregistration (``conditions`` lists them all).
+        perturbed_at_mm: the misregistration at which it is; a rotation is without a shift.
+        training_reference: what training draws aim at; tests compare with the study's own.
         val_misregistration_mm: the amplitude of ``val_dataloader``.
         misregistration_deg_per_mm: rotation that goes with each millimetre of shift.
         num_workers: processes that draw; the draws are the same for any number.
         seed: of draws.
-        misregistration_seed: of the directions of fixed misregistration. Apart from ``seed``, so
+        misregistration_seed: of fixed misregistration and of perturbations. Apart from ``seed``, so
             that runs of several seeds are evaluated on the same inputs.
         splits: case ids of train, val and test; default those of the root, else 70/15/15 by
             patient with seed 42 (kept in this object and the run's record, never written to root).
@@ -286,8 +304,18 @@ class PairedVolumes(lightning.LightningDataModule):
         prepare: Callable[[Path], Any] | None = None,
         cache_dir: Path | str | None = None,
         resample_mm: Sequence[float | int] | None = None,
+        perturbations: Mapping[str, Any] | None = None,
+        perturbed_at_mm: Any = 0.0,
+        training_reference: PseudoReference = "own",
     ) -> None:
         super().__init__()
+        if training_reference not in get_args(PseudoReference):
+            raise ValueError(
+                f"expected training_reference of {get_args(PseudoReference)}, "
+                f"got {training_reference!r}"
+            )
+        self.training_reference = training_reference
+        self.conditions = conditions_of(misregistration_mm, perturbations, perturbed_at_mm)
         self.root, self.batch_size, self.draws_per_epoch = Path(root), batch_size, draws_per_epoch
         self.jitter, self.augmentation, self.patch_shape = jitter, augmentation, patch_shape
         self.ct_map, self.cache_dir, self.resample_mm = ct_map, cache_dir, resample_mm
@@ -344,7 +372,9 @@ class PairedVolumes(lightning.LightningDataModule):
             raise ValueError(f"expected training cases, got none: {self.root}")
         draws = self.draws_per_epoch or len(studies)
         return DataLoader(
-            TrainingDraws(studies, self.jitter, self.augmentation, self.patch_shape),
+            TrainingDraws(
+                studies, self.jitter, self.augmentation, self.patch_shape, self.training_reference
+            ),
             batch_size=self.batch_size,
             sampler=DrawSampler(len(studies), draws, self.seed),
             collate_fn=collate_batches,
@@ -357,15 +387,17 @@ class PairedVolumes(lightning.LightningDataModule):
         return self.val_batches(self.val_misregistration_mm)
 
     def test_dataloader(self) -> list[DataLoader]:
-        return [self.test_batches(amplitude_mm) for amplitude_mm in self.misregistration_mm]
+        return [self._misregistered("test", condition) for condition in self.conditions]
 
     def val_batches(self, amplitude_mm: float | int) -> DataLoader:
         """Validation cases one by one, moved by ``amplitude_mm``."""
-        return self._misregistered("val", amplitude_mm)
+        return self._misregistered("val", Condition(amplitude_mm))
 
-    def test_batches(self, amplitude_mm: float | int) -> DataLoader:
-        """Test cases one by one, moved by ``amplitude_mm``."""
-        return self._misregistered("test", amplitude_mm)
+    def test_batches(
+        self, amplitude_mm: float | int, perturbation: str = "", amount: float | int = 0.0
+    ) -> DataLoader:
+        """Test cases one by one, moved by ``amplitude_mm`` and perturbed."""
+        return self._misregistered("test", Condition(amplitude_mm, perturbation, amount))
 
     def describe(self) -> dict[str, Any]:
         """Facts of the cohort for the run's record; studies not read yet are read."""
@@ -397,11 +429,13 @@ class PairedVolumes(lightning.LightningDataModule):
         """Record the case lists as ``splits.json`` that ``read_splits`` understands."""
         write_splits(path, self.splits, self._splits_source)
 
-    def _misregistered(self, split: str, amplitude_mm: float | int) -> DataLoader:
-        amplitude_deg = amplitude_mm * self.misregistration_deg_per_mm
+    def _misregistered(self, split: str, condition: Condition) -> DataLoader:
         return DataLoader(
             Misregistered(
-                self.studies(split), amplitude_mm, amplitude_deg, self.misregistration_seed
+                self.studies(split),
+                condition,
+                self.misregistration_deg_per_mm,
+                self.misregistration_seed,
             ),
             batch_size=1,
             collate_fn=collate_batches,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from clinfuse.reporting.collection import Scored
-from clinfuse.reporting.rows import Rows, as_rows
+from clinfuse.reporting.rows import Rows, as_rows, unperturbed
 from clinfuse.reporting.tables import (
     FEWEST_PATIENTS,
     HEADLINE_SCORES,
@@ -61,8 +61,8 @@ MOST_COLUMNS = 5
 
 
 def ours_last(rows: Rows, ours: str | None) -> pd.DataFrame:
-    """The rows with variants named, our method's after those of all others."""
-    frame = name_variants(as_rows(rows))
+    """The unperturbed rows with variants named, our method's after those of all others."""
+    frame = name_variants(unperturbed(rows))
     is_ours = frame["method"] == ours
     return pd.concat([frame[~is_ours], frame[is_ours]], ignore_index=True)
 
@@ -83,7 +83,7 @@ def long_table(rows: Rows, scores: Sequence[Score], ours: str | None = None) -> 
     Raises:
         ValueError: no row is from ``ours``.
     """
-    named = name_variants(as_rows(rows))
+    named = name_variants(unperturbed(rows))
     defined = named[named["value"].notna()].groupby(["roi", "metric"]).groups
     scores = [score for score in scores if score in defined]
     frame = named[pd.MultiIndex.from_frame(named[["roi", "metric"]]).isin(scores)]
@@ -311,7 +311,7 @@ def provenance(rows: Rows, scored: Sequence[Scored]) -> list[str]:
     return [
         f"Data: {'; '.join(described) or 'not recorded'}.",
         f"Split: {_listed(dict.fromkeys(splits)) if splits else 'not recorded'}.",
-        _seeds(as_rows(rows)),
+        _seeds(unperturbed(rows)),
         _versions([facts for part in scored for facts in part.facts]),
         _commits(scored),
     ]

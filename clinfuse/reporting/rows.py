@@ -1,4 +1,4 @@
-"""The long-form table of per-case scores: one line a case, method, region and metric.
+"""The long-form table of per-case scores: one line a case, method, condition, region and metric.
 
 Every table and figure is made from these rows, so nothing in a paper is typed by hand.
 """
@@ -20,6 +20,8 @@ CASE_COLUMNS = (
     "preset",
     "seed",
     "misregistration_mm",
+    "perturbation",
+    "amount",
     "mask_source",
     "steps",
     "roi",
@@ -29,14 +31,15 @@ CASE_COLUMNS = (
 """Columns of ``cases.csv`` in order. ``steps`` is 0 for a method that does not sample.
 
 ``patient_id`` says whose case it is: several slices may be of one patient. Rows that lack it are
-read as one patient a case.
+read as one patient a case. ``perturbation`` is what else was wrong with the case by ``amount``,
+empty where nothing was, or where rows lack both columns.
 """
 
 ROW_KEY = tuple(name for name in CASE_COLUMNS if name not in ("patient_id", "value"))
 """What identifies a row: everything but its value, and whose case it is."""
 
 _INTEGERS = ("seed", "steps")
-_FLOATS = ("misregistration_mm", "value")
+_FLOATS = ("misregistration_mm", "amount", "value")
 _MISSING = ["", "nan", "NaN"]
 
 Rows = pd.DataFrame | Iterable[Mapping[str, Any]]
@@ -53,6 +56,8 @@ def case_rows(
     mask_source: str,
     steps: int,
     patient_id: str | None = None,
+    perturbation: str = "",
+    amount: float = 0.0,
 ) -> list[dict[str, Any]]:
     """The rows of one case from its ``(roi, metric, value)`` scores.
 
@@ -65,6 +70,8 @@ def case_rows(
         "preset": preset,
         "seed": seed,
         "misregistration_mm": misregistration_mm,
+        "perturbation": perturbation,
+        "amount": amount,
         "mask_source": mask_source,
         "steps": steps,
     }
@@ -74,12 +81,12 @@ def case_rows(
 def as_rows(rows: Rows) -> pd.DataFrame:
     """A frame with ``CASE_COLUMNS`` in order and in their types, one row a key (the last wins).
 
-    An undefined metric stays as NaN. Amplitudes are rounded to 1e-6 mm, so that a key survives
-    floating-point arithmetic.
+    An undefined metric stays as NaN. Amplitudes and amounts are rounded to 1e-6, so that a key
+    survives floating-point arithmetic.
 
     Raises:
-        ValueError: a column is missing or unknown, a key is empty, a number is not one, or a case
-            is said to be of two patients.
+        ValueError: a column is missing or unknown, a key is empty, a number is not one, an amount
+            is of no perturbation, or a case is said to be of two patients.
     """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
     if frame.empty and not len(frame.columns):
@@ -87,11 +94,16 @@ def as_rows(rows: Rows) -> pd.DataFrame:
     _check_columns(frame.columns)
     if "patient_id" not in frame.columns:
         frame = frame.assign(patient_id=frame["case_id"])
+    if not {"perturbation", "amount"} & set(frame.columns):
+        frame = frame.assign(perturbation="", amount=0.0)
     frame = frame[list(CASE_COLUMNS)].copy()
+    frame["perturbation"] = frame["perturbation"].astype(object).fillna("")
     _check_keys(frame)
     for column in CASE_COLUMNS:
         frame[column] = _typed(frame[column])
-    frame["misregistration_mm"] = frame["misregistration_mm"].round(6)
+    for column in ("misregistration_mm", "amount"):
+        frame[column] = frame[column].round(6)
+    _check_amounts(frame)
     frame = frame.drop_duplicates(list(ROW_KEY), keep="last", ignore_index=True)
     _check_patients(frame)
     return frame
@@ -116,6 +128,12 @@ def read_rows(path: str | os.PathLike[str]) -> pd.DataFrame:
         raise ValueError(f"{path}: {error}") from None
 
 
+def unperturbed(rows: Rows) -> pd.DataFrame:
+    """The rows of cases with which nothing was wrong but misregistration: those of all tables."""
+    frame = as_rows(rows)
+    return frame[frame["perturbation"] == ""].reset_index(drop=True)
+
+
 def write_rows(path: str | os.PathLike[str], rows: Rows) -> None:
     """Add rows to a CSV file, replacing those with the same key, in one atomic step.
 
@@ -134,7 +152,9 @@ def write_rows(path: str | os.PathLike[str], rows: Rows) -> None:
 
 def _check_columns(columns: Iterable[Any]) -> None:
     got = list(columns)
-    missing = [name for name in CASE_COLUMNS if name not in (*got, "patient_id")]
+    later = {"patient_id"}  # rows of earlier versions lack it, and both of the other two
+    later |= set() if {"perturbation", "amount"} & set(got) else {"perturbation", "amount"}
+    missing = [name for name in CASE_COLUMNS if name not in got and name not in later]
     unknown = [name for name in got if name not in CASE_COLUMNS]
     if missing or unknown:
         raise ValueError(
@@ -143,11 +163,18 @@ def _check_columns(columns: Iterable[Any]) -> None:
 
 
 def _check_keys(frame: pd.DataFrame) -> None:
-    for name in (*ROW_KEY, "patient_id"):
+    for name in (*(name for name in ROW_KEY if name != "perturbation"), "patient_id"):
         empty = frame[name].isna() | (frame[name].astype(str) == "")
         if empty.any():
             first = frame[empty].iloc[0].to_dict()
             raise ValueError(f"expected a {name} in every row, got none in {first}")
+
+
+def _check_amounts(frame: pd.DataFrame) -> None:
+    nothing = frame[(frame["perturbation"] == "") & (frame["amount"] != 0)]
+    if len(nothing):
+        first = nothing.iloc[0].to_dict()
+        raise ValueError(f"expected amount 0 where perturbation is empty, got {first}")
 
 
 def _check_patients(frame: pd.DataFrame) -> None:

@@ -4,7 +4,7 @@ Values of one case (seeds, say) are averaged before cases are. A mean is over ca
 uncertainty is over patients: slices of one head are no independent witnesses, so that patients are
 resampled with all their slices, and tests compare patients. Where each case is a patient of its
 own, as volumes usually are, that is the same. An undefined value is NaN; it is left out of the mean
-and counted.
+and counted. Tables are of unperturbed cases, moved or not; ``robustness.py`` shows the others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy import stats
 
-from clinfuse.reporting.rows import Rows, as_rows
+from clinfuse.reporting.rows import Rows, as_rows, unperturbed
 
 HEADLINE_SCORES = (("bone", "psnr"), ("brain", "ssim"), ("whole", "ssim"))
 """The three scores of the headline table, as (roi, metric)."""
@@ -55,7 +55,7 @@ FINDING_KINDS = {"lesion": "lesion on MRI", "findings": "only on CT"}
 """What a reader calls the findings of each roi that has a conspicuity."""
 
 LOWER_IS_BETTER = frozenset(
-    {"hd95", "mae", "mse", "rmse", "nll", "lpips", "width"}
+    {"hd95", "mae", "mse", "rmse", "nll", "lpips", "width", "seconds", "adaptation_seconds"}
     | {"ause", "ause_constant", "ause_random"}
     | {name + suffix for name in ("ece", "brier", "uce", "ence") for suffix in ("", "_raw")}
 )
@@ -86,7 +86,7 @@ FEWEST_PATIENTS = 3
 """Fewer have no interval: resampling two patients finds only those two and their mean."""
 
 _DASH = "\N{EN DASH}"
-_VARIANTS = ("preset", "mask_source", "steps")
+_VARIANTS = ("preset", "mask_source", "steps", "perturbation")
 _GROUPS = ("method", "misregistration_mm")
 _UNITS = {"psnr": "dB", "hd95": "mm"}
 _NAMES = {
@@ -169,9 +169,9 @@ def summary(
 ) -> pd.DataFrame:
     """Mean over cases of each (roi, metric) in each group, with its bootstrap interval.
 
-    A method that ran with several presets, mask sources or numbers of steps becomes several
-    methods, named ``ours (mask_source none)``: such rows answer different questions and are never
-    averaged. What still repeats within a case, its seeds, is averaged first.
+    A method that ran with several presets, mask sources, numbers of steps or perturbations becomes
+    several methods, named ``ours (mask_source none)``: such rows answer different questions and are
+    never averaged. What still repeats within a case, its seeds, is averaged first.
 
     Args:
         rows: as ``cases.csv``.
@@ -199,12 +199,14 @@ def summary(
 
 
 def name_variants(frame: pd.DataFrame, by: Sequence[str] = _GROUPS) -> pd.DataFrame:
-    """The rows, with what varies within a method (preset, mask source, steps) in its name."""
+    """The rows, with what varies within a method (preset, steps, ...) in its name."""
     frame = frame.copy()
     if "method" not in by:
         return frame
+    apart = [c for c in _VARIANTS if c not in by]
     for method, group in frame.groupby("method", sort=False):
-        varying = [c for c in _VARIANTS if c not in by and group[c].nunique() > 1]
+        group = group.assign(perturbation=_named_perturbations(group))
+        varying = [c for c in apart if group[c].nunique() > 1]
         if varying:
             names = [name.replace("_", " ") for name in varying]
             frame.loc[group.index, "method"] = [
@@ -214,20 +216,27 @@ def name_variants(frame: pd.DataFrame, by: Sequence[str] = _GROUPS) -> pd.DataFr
     return frame
 
 
+def _named_perturbations(group: pd.DataFrame) -> list[str]:
+    pairs = zip(group["perturbation"], group["amount"], strict=True)
+    return [
+        f"{perturbation} {amount:g}" if perturbation else "none" for perturbation, amount in pairs
+    ]
+
+
 def headline(
     rows: Rows,
     scores: Sequence[tuple[str, str]] = HEADLINE_SCORES,
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> pd.DataFrame:
-    """Method by misregistration, for the scores that answer the clinical question.
+    """Method by misregistration, for the scores that answer the clinical question; unperturbed.
 
     Returns:
         Numbers: one row a method, columns (roi, metric, misregistration_mm, statistic) with the
         statistics of ``STATISTICS``; NaN where a method lacks a score. Scores that no row
         defines are left out. ``to_markdown``, ``print_table`` and the report know this shape.
     """
-    frame = as_rows(rows)
+    frame = unperturbed(rows)
     defined = frame[frame["value"].notna()].groupby(["roi", "metric"]).groups
     scores = [score for score in scores if score in defined]
     wanted = pd.MultiIndex.from_frame(frame[["roi", "metric"]]).isin(scores)
@@ -262,7 +271,7 @@ def conspicuity_table(rows: Rows) -> pd.DataFrame:
         case's own median, ``lowest`` of all findings and seeds, and ``worst case``, where that
         is. Kinds that no case has are left out; a method without a value has NaN.
     """
-    frame = name_variants(as_rows(rows))
+    frame = name_variants(unperturbed(rows))
     keys = ["finding", "misregistration_mm", "method"]
     frame["finding"] = frame["roi"].map(FINDING_KINDS)
     frame = frame[frame["metric"].isin(["conspicuity", "conspicuity_min"])]
@@ -441,12 +450,12 @@ def paired_differences(
     scores: Sequence[tuple[str, str]] | None = None,
     resamples: int = 2000,
 ) -> pd.DataFrame:
-    """Ours minus each baseline on the same cases, with a paired Wilcoxon test (method §6).
+    """Ours minus each baseline on the same unperturbed cases, with a paired Wilcoxon test.
 
-    The difference is the mean over cases, and its interval resamples patients. Wilcoxon (1945),
-    two-sided, on the mean difference of each patient; p-values are corrected by Holm (1979) over
-    the baselines, within each score and misregistration. Cases where either value is undefined are
-    left out. Without any difference p is 1; without any pair it is NaN.
+    Method §6. The difference is the mean over cases, and its interval resamples patients. Wilcoxon
+    (1945), two-sided, on the mean difference of each patient; p-values are corrected by Holm (1979)
+    over the baselines, within each score and misregistration. Cases where either value is undefined
+    are left out. Without any difference p is 1; without any pair it is NaN.
 
     Args:
         rows: as ``cases.csv``; variants of a method are methods of their own, as in ``summary``.
@@ -463,7 +472,7 @@ def paired_differences(
     Raises:
         ValueError: no row is from ``ours``.
     """
-    frame = name_variants(as_rows(rows))
+    frame = name_variants(unperturbed(rows))
     if ours not in set(frame["method"]):
         raise ValueError(f"expected one of {sorted(set(frame['method']))} as ours, got {ours!r}")
     records = []

@@ -17,6 +17,17 @@ def test_rows_of_all_folders_stand_together_in_order():
     assert len(rows) == 18 and "folder" not in rows and set(rows["seed"]) == {0, 1}
 
 
+def test_scores_of_other_conditions_of_a_method_stand_beside_its_own():
+    plain = scored("0")
+    wrong = plain.rows.assign(perturbation="noise_std", amount=0.1)
+    rows = merged([plain, Scored("1", wrong), scored("2", "maximum")])
+    assert rows.groupby(["method", "perturbation"]).size().to_dict() == {
+        ("average", ""): 6, ("average", "noise_std"): 6, ("maximum", ""): 6,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"each method once, got average .* in 1 and 3"):
+        merged([plain, Scored("1", wrong), Scored("3", wrong)])
+
+
 def test_a_folder_without_lists_is_judged_by_its_rows():
     lists = {"test_cases": ["a", "b", "c"]}
     assert len(merged([scored("0", **lists), scored("1", "maximum"), scored("2", "x", **lists)]))

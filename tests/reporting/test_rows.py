@@ -4,7 +4,14 @@ import pandas as pd
 import pytest
 
 from clinfuse.reporting import rows as rows_module
-from clinfuse.reporting.rows import CASE_COLUMNS, as_rows, case_rows, read_rows, write_rows
+from clinfuse.reporting.rows import (
+    CASE_COLUMNS,
+    as_rows,
+    case_rows,
+    read_rows,
+    unperturbed,
+    write_rows,
+)
 
 KEY = {
     "case_id": "007",
@@ -13,6 +20,8 @@ KEY = {
     "preset": "default",
     "seed": 0,
     "misregistration_mm": 2.0,
+    "perturbation": "",
+    "amount": 0.0,
     "mask_source": "None",
     "steps": 0,
 }
@@ -56,10 +65,16 @@ def test_a_row_with_the_same_key_replaces_the_old_one(tmp_path):
 def test_the_last_of_two_rows_with_one_key_wins_even_after_rounding_errors():
     frame = as_rows([row(misregistration_mm=0.3, value=1.0), row(misregistration_mm=0.1 * 3)])
     assert frame["value"].tolist() == [21.5]
+    noisy = {"perturbation": "noise_std"}
+    frame = as_rows([row(**noisy, amount=0.3, value=1.0), row(**noisy, amount=0.1 * 3)])
+    assert frame["value"].tolist() == [21.5]
 
 
 def test_every_part_of_the_key_keeps_rows_apart():
-    others = [
+    wrong = {"perturbation": "noise_std", "amount": 0.1}
+    others = [row(**wrong), row(**{**wrong, "amount": 0.2})]
+    others += [row(**{**wrong, "perturbation": "mask_holes"})]
+    others += [
         row(**{name: value})
         for name, value in {
             "case_id": "8",  # another case of the same patient
@@ -73,7 +88,7 @@ def test_every_part_of_the_key_keeps_rows_apart():
             "metric": "ssim",
         }.items()
     ]
-    assert len(as_rows([row(), *others])) == 10
+    assert len(as_rows([row(), *others])) == 13
 
 
 def test_scores_of_a_case_become_rows():
@@ -91,6 +106,27 @@ def test_a_case_without_a_patient_is_one_of_its_own(tmp_path):
     assert read_rows(tmp_path / "cases.csv").to_dict("records") == [alone]
 
 
+def test_rows_from_before_there_were_perturbations_are_of_none(tmp_path):
+    before = [name for name in CASE_COLUMNS if name not in ("perturbation", "amount")]
+    pd.DataFrame([row()])[before].to_csv(tmp_path / "cases.csv", index=False)
+    assert read_rows(tmp_path / "cases.csv").to_dict("records") == [row()]
+    write_rows(tmp_path / "cases.csv", [row(perturbation="mask_holes", amount=0.2)])
+    by_pandas = pd.read_csv(tmp_path / "cases.csv")  # which reads an empty text as NaN
+    by_pandas[["case_id", "patient_id"]] = [["007", "07"]] * 2
+    by_pandas["mask_source"] = "None"
+    assert as_rows(by_pandas).equals(read_rows(tmp_path / "cases.csv"))
+    assert unperturbed(by_pandas).to_dict("records") == [row()]
+
+
+def test_an_amount_of_nothing_is_refused_and_so_is_one_column_without_the_other():
+    with pytest.raises(ValueError, match=r"amount 0 where perturbation is empty, got .*'007'"):
+        as_rows([row(amount=0.1)])
+    for lacking in ("perturbation", "amount"):
+        incomplete = {name: value for name, value in row().items() if name != lacking}
+        with pytest.raises(ValueError, match=rf"missing \['{lacking}'\]"):
+            as_rows([incomplete])
+
+
 def test_a_case_of_two_patients_is_refused():
     with pytest.raises(ValueError, match=r"one patient for case '007', got \['07', '08'\]"):
         as_rows([row(), row(method="average", patient_id="08")])
@@ -103,6 +139,7 @@ def test_a_case_of_two_patients_is_refused():
         ({"value": "high"}, "value"),
         ({"seed": 0.5}, "seed"),
         ({"misregistration_mm": "nan"}, "misregistration_mm"),
+        ({"perturbation": "noise_std", "amount": "inf"}, "amount"),
         ({"case_id": None}, "case_id"),
         ({"method": ""}, "method"),
         ({"patient_id": ""}, "patient_id"),

@@ -29,6 +29,7 @@ from clinfuse.reporting.tables import (
     to_markdown,
 )
 
+SEEN = ("conspicuity", "conspicuity_min")
 SCORES = {("bone", "psnr"): 20.0, ("brain", "ssim"): 0.8, ("lesion", "hd95"): 3.0}
 
 
@@ -61,6 +62,25 @@ def rows():
                 values[3 if metric == "hd95" and mm == 2.0 else slice(0)] = math.nan
                 made += rows_of(method, values, roi, metric, mm)
     return made
+
+
+def test_perturbed_cases_are_in_no_table_and_never_averaged_with_others(rows):
+    wrong = [row | {"perturbation": "noise_std", "amount": 0.1, "value": 0.0} for row in rows]
+    wrong += [row | {"perturbation": "noise_std", "amount": 0.2, "value": 0.0} for row in rows]
+    both = rows + wrong
+    pd.testing.assert_frame_equal(headline(both), headline(rows))
+    of_one = paired_differences(both, "ours", resamples=50)
+    pd.testing.assert_frame_equal(of_one, paired_differences(rows, "ours", resamples=50))
+    seen = [row | {"roi": "lesion", "metric": m} for row in both for m in SEEN]
+    plain = [row for row in seen if "perturbation" not in row or not row["perturbation"]]
+    pd.testing.assert_frame_equal(conspicuity_table(seen), conspicuity_table(plain))
+    means = summary(both, resamples=50).query("roi == 'bone'").set_index("method")["mean"]
+    assert set(means.index) == {
+        f"{method} (perturbation {wrong})"
+        for method in ("ours", "average")
+        for wrong in ("none", "noise_std 0.1", "noise_std 0.2")
+    }
+    assert (means["ours (perturbation noise_std 0.2)"] == 0).all()
 
 
 def test_summary_agrees_with_pandas(rows):
