@@ -29,12 +29,16 @@ _SAY_NOTHING = ("name", "label", "group", "tags", "resume", "trainings", "logger
 
 _DECIDING = {"ema": ("decay",), "model_draws": ("fractions",)}
 
-_OF_TESTS = ("misregistration_mm", "val_misregistration_mm", "misregistration_deg_per_mm")
-_OF_TESTS += ("misregistration_seed", "perturbations", "perturbed_at_mm", "num_workers")
+_OF_TESTS = (
+    *("misregistration_mm", "val_misregistration_mm", "misregistration_deg_per_mm"),
+    *("misregistration_seed", "perturbations", "perturbed_at_mm", "num_workers"),
+)
 """What a DataModule is told of validation, test and speed alone."""
 
-_OF_TRAINING = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "overfit_batches")
-_OF_TRAINING += ("accumulate_grad_batches", "limit_train_batches", "devices", "strategy")
+_OF_TRAINING = (
+    *("max_epochs", "max_steps", "precision", "gradient_clip_val", "overfit_batches"),
+    *("accumulate_grad_batches", "limit_train_batches", "devices", "strategy"),
+)
 """What a Trainer is told that decides the weights."""
 
 

@@ -59,7 +59,7 @@ def sweep_report(entity: str, project: str, group: str, title: str, text: str = 
     scores = ["test/bone_psnr/2mm", "test/brain_ssim/2mm", "test/whole_ssim/2mm"]
     pictures = ["test_regions", "figures/robustness", "figures/reliability"]
     runs = reports.Runset(entity=entity, project=project, filters=f"Metric('group') == '{group}'")
-    panels = [
+    panels: list[Any] = [
         reports.LinePlot(x="trainer/global_step", y=["train/loss"]),
         *(reports.BarPlot(title=score, metrics=[score]) for score in scores),
         reports.MediaBrowser(media_keys=pictures),
