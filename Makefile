@@ -16,9 +16,9 @@ NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --jaxtyping-packages=clinfuse,beartype.beartype \
 	--numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-# The cheap ones first: all others share the training that the first of them makes.
-SWEEPS := steps eta uncertainty members weights weights_grid masks guidance_search components methods \
-	jitter reference ct_map parameterisation seeds
+# In an order in which two at a time seldom wait for one another's training.
+SWEEPS := steps methods components jitter eta uncertainty reference parameterisation ct_map seeds \
+	weights weights_grid masks members guidance_search
 SCALE := small
 
 .PHONY: help install demo test test-all smoke tables notebooks lint types clean
