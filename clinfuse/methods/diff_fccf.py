@@ -26,6 +26,7 @@ from clinfuse.networks.diff_fccf import (
     ANATOMY,
     BOTH,
     FUNCTION,
+    SOURCE_NOISE,
     DiffFccfNetwork,
     Heads,
     Sight,
@@ -49,7 +50,7 @@ class Step:
 
     Attributes:
         fused: the blend, which is the estimate x0_hat.
-        registered: the functional source, moved by u.
+        registered: the functional source without its noise, moved by u.
         heads: what it is made with.
     """
 
@@ -78,9 +79,12 @@ class StageResult:
 class DiffFccf(FusionMethod):
     """Diffusion of the fused picture in Y, Cb and Cr, by blends of the sources with its estimate.
 
-    x_0 is the fused picture. The network's three heads say what the noise is, where the functional
-    source belongs on the anatomical one, and how much of each voxel comes from which of them or
-    from the diffusion's own estimate; the blend of the three is x0_hat (method.md section 7).
+    x_0 is the fused picture. The network's three heads say what the noise is, of the diffusion and
+    of the two sources; where the functional source belongs on the anatomical one; and how much of
+    each voxel comes from which of them, its noise subtracted, or from the diffusion's own estimate.
+    The blend of the three is x0_hat (method.md section 7). A blend of noisy sources could not be
+    without noise whatever its shares, and the last stage, which mixes the anatomical source with a
+    picture that holds it already, would have more of it than their average.
 
     Inference is hierarchical. In the noisiest third of the schedule the condition is the functional
     source alone, in the middle third both, in the last the anatomical one. Each stage is a walk by
@@ -231,12 +235,15 @@ class DiffFccf(FusionMethod):
             batch: for its masks and voxel size.
             sight: what of them is seen.
         """
-        condition = self.network.encode(anatomical, functional, batch.roi, sight)
-        heads = self.network(x_t, condition, alpha_bar_t, batch.spacing_mm, sight)
+        seen = self.network.encode(anatomical, functional, batch.roi, sight)
+        heads = self.network(x_t, seen, alpha_bar_t, batch.spacing_mm, sight)
         with torch.autocast(x_t.device.type, enabled=False):
-            registered = functional
+            noise = heads.source_noise
+            anatomical = (anatomical - noise[:, :1]).clamp(-1, 1)
+            luma, chroma = functional[:, :1] - noise[:, 1:], functional[:, 1:]
+            registered = torch.cat([luma.clamp(-1, 1), chroma], 1)
             if sight.registers:
-                registered = warp(functional, heads.displacement_mm, batch.spacing_mm)
+                registered = warp(registered, heads.displacement_mm, batch.spacing_mm)
             denoised = x0_from_eps(x_t, heads.eps_hat, alpha_bar_t).clamp(-1, 1)
             return Step(heads.blend(anatomical, registered, denoised), registered, heads)
 
@@ -258,37 +265,41 @@ class DiffFccf(FusionMethod):
     def terms(self, batch: FusionBatch, generator: torch.Generator) -> dict[str, Float[Tensor, ""]]:
         """The loss's five terms on a batch, unweighted.
 
-        The network looks twice. First with both sources, at a mixture of them as they lie, noised
-        to a level of the middle third, as it does in that stage; from there come the deformation
-        and the masks. Then with a random stage's condition at the fused picture, noised to one of
-        the stage's levels.
+        The network looks twice, each time at sources with noise. First at both, and at a mixture of
+        them as they lie, noised to a level of the middle third, as it does in that stage; from
+        there come the deformation and the masks. Then with a random stage's condition at the fused
+        picture, noised to one of the stage's levels; where that is the stage of both sources, the
+        functional one is moved by the deformation, as in a walk's second step.
+
+        Fused and registered pictures are compared with clean ones. The first term is the error in
+        the noise of the diffusion and in that of the sources.
         """
         clean_anatomical, clean_functional = clean_pair(batch)
-        functional = functional_of(batch)
-        std = self.noise_std * torch.rand((), generator=generator).item()
-        anatomical, luma = (
-            (source + std * noise_like(source, generator)).clamp(-1, 1)
-            for source in (batch.mri, batch.ct)
-        )
-        functional = torch.cat([luma, functional[:, 1:]], 1)
+        anatomical, functional, noise = self._noisy(batch, clean_anatomical, generator)
 
         stages = self._thirds()
         alpha_bar_t = self._level(len(batch), *stages[1][1], generator)
-        share = torch.rand(len(batch), generator=generator).to(luma)
-        share = share.reshape(-1, *[1] * (luma.ndim - 1))
-        so_far = torch.cat([torch.lerp(anatomical, luma, share), functional[:, 1:]], 1)
+        share = per_case(torch.rand(len(batch), generator=generator), batch.mri)
+        so_far = functional_of(batch)
+        so_far = torch.cat([torch.lerp(batch.mri, so_far[:, :1], share), so_far[:, 1:]], 1)
         x_t = q_sample(so_far, noise_like(so_far, generator), alpha_bar_t)
         seen = self.look(x_t, alpha_bar_t, anatomical, functional, batch, BOTH)
+        u = seen.heads.displacement_mm
         x_0 = fused_target(seen.heads, clean_anatomical, clean_functional, batch.reference)
+        mistaken = mistaken_noise(seen.heads, noise, BOTH)
 
         sight, third = stages[int(torch.randint(len(stages), (), generator=generator))]
         shown = functional if sight.function else seen.fused.detach()
+        if sight.registers:
+            moved = warp(torch.cat([functional, noise[:, 1:]], 1), u.detach(), batch.spacing_mm)
+            shown, noise = moved[:, :-1], torch.cat([noise[:, :1], moved[:, -1:]], 1)
         alpha_bar_t = self._level(len(batch), *third, generator)
         eps = noise_like(x_0, generator)
         x_t = q_sample(x_0, eps, alpha_bar_t)
         step = self.look(x_t, alpha_bar_t, anatomical, shown, batch, sight)
+        mistaken = (mistaken + mistaken_noise(step.heads, noise, sight)) / 2
 
-        u, clean_luma = seen.heads.displacement_mm, clean_functional[:, :1]
+        clean_luma = clean_functional[:, :1]
         with torch.autocast(u.device.type, enabled=False):
             fusion = self.fusion(seen.fused[:, :1], clean_anatomical, clean_luma, batch.spacing_mm)
             quality = (
@@ -300,12 +311,26 @@ class DiffFccf(FusionMethod):
                 shown_at = torch.maximum(clean_anatomical, clean_luma) > AIR
                 quality = quality + misplaced(u, batch, shown_at) / MISPLACED_MM**2
             return {
-                "noise": (step.heads.eps_hat - eps).square().mean(),
+                "noise": (step.heads.eps_hat - eps).square().mean() + mistaken,
                 "folding": folding(u, batch.spacing_mm).mean(),
                 "smoothness": roughness(u, batch.spacing_mm).mean(),
                 "fusion": fusion.total.mean(),
                 "quality": quality,
             }
+
+    def _noisy(
+        self, batch: FusionBatch, clean_anatomical: Tensor, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 3 *dhw"], Float[Tensor, "b 2 *dhw"]]:
+        """The sources with noise of a random size in each case's lumas, and what it is.
+
+        The noise of an anatomical source that came noisy is all of it; the clean functional one
+        lies elsewhere, and only what is added here is known of its noise.
+        """
+        lumas = torch.cat([batch.mri, batch.ct], 1)
+        std = per_case(self.noise_std * torch.rand(len(batch), generator=generator), lumas)
+        noisy = (lumas + std * noise_like(lumas, generator)).clamp(-1, 1)
+        functional = torch.cat([noisy[:, 1:], functional_of(batch)[:, 1:]], 1)
+        return noisy[:, :1], functional, noisy - torch.cat([clean_anatomical, batch.ct], 1)
 
     def _level(self, cases: int, first: int, end: int, generator: torch.Generator) -> Tensor:
         t = torch.randint(first, end, (cases,), generator=generator)
@@ -408,6 +433,20 @@ def fused_target(
         share = heads.luma_logits[:, :2].softmax(1)[:, 1:]
         luma = torch.lerp(clean_anatomical, clean_functional[:, :1], share)
     return torch.cat([luma, clean_functional[:, 1:]], 1)
+
+
+def mistaken_noise(
+    heads: Heads, noise: Float[Tensor, "b 2 *dhw"], sight: Sight
+) -> Float[Tensor, ""]:
+    """Mean squared error of the noise found in the sources that are seen, in its own unit."""
+    seen = noise.new_tensor([sight.anatomy, sight.function])
+    square = ((heads.source_noise - noise) / SOURCE_NOISE).square()
+    return (square.transpose(0, 1).flatten(1).mean(1) * seen).sum() / seen.sum()
+
+
+def per_case(values: Float[Tensor, " b"], like: Float[Tensor, "b c *dhw"]) -> Tensor:
+    """A number a case, to multiply pictures with."""
+    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def misplaced(

@@ -14,12 +14,19 @@ from clinfuse.functional.ssim import sigma_voxels
 from clinfuse.networks.chebyshev_graph import ChebyshevBlock
 from clinfuse.networks.fusion_unet import Condition, FusionUNet
 from clinfuse.networks.precision import with_safe_convolutions
+from clinfuse.networks.source_denoiser import SourceDenoiser
 
 IMAGE_CHANNELS = 3
 """Y, Cb and Cr of a picture, each scaled to [-1, 1]."""
 
+SOURCES = 2
+"""Anatomy and function, in this order."""
+
 MASKS = 4
 """Logits: the luma's three shares, and the share of the denoised picture in the chroma."""
+
+SOURCE_NOISE = 0.1
+"""Size of the noise in a source, in model space: what the head gives is in units of it."""
 
 DENOISED_PRIOR = -3.0
 """Logit of the denoised picture's share before training, at a signal-to-noise ratio of 1."""
@@ -51,11 +58,26 @@ ANATOMY = Sight("anatomical", anatomy=True, function=False)
 
 
 @dataclass
+class Seen:
+    """What a stage knows beside the noisy picture.
+
+    Attributes:
+        condition: of the U-Net.
+        noise: in the lumas of anatomy and function, as far as each shows its own.
+    """
+
+    condition: Condition
+    noise: Float[Tensor, "b 2 *dhw"]
+
+
+@dataclass
 class Heads:
     """What the trunk says of a noisy picture.
 
     Attributes:
-        eps_hat: the noise in Y, Cb and Cr.
+        eps_hat: the noise that diffusion has put in Y, Cb and Cr.
+        source_noise: that in the lumas of anatomy and function as they came, in model space; 0
+            where a source is not seen.
         displacement_mm: u, with registered(p) = functional(p + u(p)); 0 where a source is not
             seen.
         luma_logits: of the shares of anatomy, function and the denoised picture in Y; -inf for
@@ -65,6 +87,7 @@ class Heads:
     """
 
     eps_hat: Float[Tensor, "b 3 *dhw"]
+    source_noise: Float[Tensor, "b 2 *dhw"]
     displacement_mm: Float[Tensor, "b n *dhw"]
     luma_logits: Float[Tensor, "b 3 *dhw"]
     chroma_logit: Float[Tensor, "b 1 *dhw"]
@@ -92,9 +115,12 @@ class DiffFccfNetwork(nn.Module):
     """``FusionUNet`` over a colour picture, with a Chebyshev-graph bottleneck and three heads.
 
     The heads are groups of filters of the last convolution. The deformation is smoothed and
-    bounded. The noise starts as sqrt(1 - alpha_bar_t) x_t, what x_t says of it alone, and the head
-    adds to that the velocity of Salimans & Ho (2022). In the masks the denoised picture starts with
-    the odds of its signal-to-noise ratio, so that noise is not taken for a picture.
+    bounded. The noise of the diffusion starts as sqrt(1 - alpha_bar_t) x_t, what x_t says of it
+    alone, and the head adds to that the velocity of Salimans & Ho (2022). The noise of a source
+    starts as what a few convolutions of that source alone make of it (``SourceDenoiser``), which
+    the U-Net sees too and corrects: by itself it learns that long after where things belong. In the
+    masks the denoised picture starts with the odds of its signal-to-noise ratio, so that noise is
+    not taken for a picture.
 
     Args:
         network: builds the U-Net, given its channels of state, knowledge and output.
@@ -116,13 +142,14 @@ class DiffFccfNetwork(nn.Module):
         self.spatial_dims, self.max_mm, self.smoothing_mm = spatial_dims, max_mm, smoothing_mm
         self.trunk = network(
             state_channels=IMAGE_CHANNELS,
-            known_channels=IMAGE_CHANNELS - 1 + 2,  # chroma, and which of the two sources is seen
-            out_channels=IMAGE_CHANNELS + spatial_dims + MASKS,
+            known_channels=IMAGE_CHANNELS - 1 + 2 * SOURCES,  # chroma, noise, which source is seen
+            out_channels=IMAGE_CHANNELS + SOURCES + spatial_dims + MASKS,
         )
         if self.trunk.spatial_dims != spatial_dims:
             raise ValueError(
                 f"expected a network of spatial_dims {spatial_dims}, got {self.trunk.spatial_dims}"
             )
+        self.filters = nn.ModuleList(SourceDenoiser(spatial_dims) for _ in range(SOURCES))
         unet: Any = self.trunk.unet
         norm = unet.middle_block.resnet_1.norm1
         unet.middle_block = ChebyshevBlock(
@@ -140,7 +167,7 @@ class DiffFccfNetwork(nn.Module):
         functional: Float[Tensor, "b 3 *dhw"],
         roi: Bool[Tensor, "b r *dhw"],
         sight: Sight,
-    ) -> Condition:
+    ) -> Seen:
         """The condition of a stage.
 
         Args:
@@ -154,20 +181,27 @@ class DiffFccfNetwork(nn.Module):
         shape = [1, -1, *[1] * self.spatial_dims]
         masks = roi.to(functional.dtype) * seen.reshape(shape)
         flags = torch.ones_like(functional[:, :2]) * seen[:2].reshape(shape)
-        known = torch.cat([functional[:, 1:], flags], 1)
-        return self.trunk.encode(anatomical * sight.anatomy, functional[:, :1], masks, known)
+        anatomical, luma = anatomical * sight.anatomy, functional[:, :1]
+        sources = zip(self.filters, (anatomical, luma), strict=True)
+        noise = torch.cat([source - without(source) for without, source in sources], 1)
+        known = torch.cat([functional[:, 1:], noise.detach() / SOURCE_NOISE, flags], 1)
+        return Seen(self.trunk.encode(anatomical, luma, masks, known), noise)
 
     def forward(
         self,
         x_t: Float[Tensor, "b 3 *dhw"],
-        condition: Condition,
+        seen: Seen,
         alpha_bar_t: Float[Tensor, " b"],
         spacing_mm: SpacingMm,
         sight: Sight,
     ) -> Heads:
         """The three heads, in full precision."""
-        out = self.trunk(x_t, condition, alpha_bar_t).float()
-        eps_hat, field, logits = out.split([IMAGE_CHANNELS, self.spatial_dims, MASKS], 1)
+        out = self.trunk(x_t, seen.condition, alpha_bar_t).float()
+        parts = [IMAGE_CHANNELS, SOURCES, self.spatial_dims, MASKS]
+        eps_hat, source_noise, field, logits = out.split(parts, 1)
+        shown = source_noise.new_tensor([sight.anatomy, sight.function])
+        source_noise = seen.noise + SOURCE_NOISE * source_noise
+        source_noise = source_noise * shown.reshape(-1, *[1] * self.spatial_dims)
         with torch.autocast(out.device.type, enabled=False):
             displacement_mm = torch.zeros_like(field)
             if sight.registers:
@@ -181,4 +215,4 @@ class DiffFccfNetwork(nn.Module):
         if not sight.anatomy:
             anatomy = torch.full_like(anatomy, -torch.inf)
         luma_logits = torch.cat([anatomy, function, denoised + prior], 1)
-        return Heads(eps_hat, displacement_mm, luma_logits, chroma + prior)
+        return Heads(eps_hat, source_noise, displacement_mm, luma_logits, chroma + prior)

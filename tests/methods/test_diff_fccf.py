@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback
+from torch.nn.functional import mse_loss
 
 from clinfuse.data.paired_slices import collate_slices
 from clinfuse.diffusion.process import q_sample
@@ -23,8 +25,9 @@ from clinfuse.methods.diff_fccf import (
     functional_of,
     fused_target,
     misplaced,
+    mistaken_noise,
 )
-from clinfuse.networks.diff_fccf import ANATOMY, BOTH, FUNCTION, Heads
+from clinfuse.networks.diff_fccf import ANATOMY, BOTH, FUNCTION, SOURCE_NOISE, Heads
 from clinfuse.networks.fusion_unet import FusionUNet
 from clinfuse.types import FusionBatch, SliceBatch
 
@@ -180,6 +183,98 @@ def test_masks_of_the_functional_source_move_with_it():
     assert torch.equal(moved[:, ::2], batch.roi[:, ::2])
 
 
+# The noise of the sources.
+
+
+def noised(batch, std, seed=0):
+    """The batch with noise on both sources, within [-1, 1], and what that noise is."""
+    generator, clean = torch.Generator().manual_seed(seed), torch.cat((batch.mri, batch.ct), 1)
+    noisy = (clean + std * torch.randn(clean.shape, generator=generator)).clamp(-1, 1)
+    return replace(batch, mri=noisy[:, :1], ct=noisy[:, 1:]), noisy - clean
+
+
+@pytest.mark.parametrize("sight", [FUNCTION, BOTH, ANATOMY])
+def test_what_is_blended_are_the_sources_without_the_noise_that_was_found_in_them(sight):
+    model, clean = method(), heads_of(2, 0)
+    noisy, noise = noised(clean, 0.2)
+    x_t, level = torch.randn(2, 3, 48, 48), torch.full((2,), 0.5)
+    seen = torch.tensor([sight.anatomy, sight.function]).reshape(2, 1, 1)
+
+    def look(batch, source_noise):
+        heads = Heads(
+            torch.zeros(2, 3, 48, 48), source_noise * seen, torch.full((2, 2, 48, 48), 1.5),
+            torch.zeros(2, 3, 48, 48), torch.zeros(2, 1, 48, 48),
+        )  # fmt: skip
+        model.network.forward = lambda *_: heads
+        anatomical = batch.mri if sight.anatomy else clean.mri
+        shown = functional_of(batch if sight.function else clean)
+        return model.look(x_t, level, anatomical, shown, batch, sight)
+
+    expected, without = look(clean, 0 * noise), look(noisy, noise)
+    torch.testing.assert_close(without.fused, expected.fused)
+    torch.testing.assert_close(without.registered, expected.registered)
+    assert (look(noisy, 0 * noise).fused - expected.fused).abs().max() > 0.05
+
+
+def test_no_noise_is_found_in_a_source_that_is_not_seen():
+    model, batch = method(), heads_of(1, 0)
+    for without in model.network.filters:
+        torch.nn.init.normal_(without.last.weight)
+    x_t, level = torch.randn(1, 3, 48, 48), torch.full((1,), 0.5)
+    for sight in (FUNCTION, BOTH, ANATOMY):
+        heads = model.look(x_t, level, batch.mri, functional_of(batch), batch, sight).heads
+        found = [bool(noise.any()) for noise in heads.source_noise[0]]
+        assert found == [sight.anatomy, sight.function]
+
+
+def test_the_noise_term_holds_the_noise_found_against_the_noise_of_the_sources_seen():
+    zeros = [torch.zeros(2, channels, 4, 4) for channels in (3, 2, 3, 1)]
+    found, noise = torch.randn(2, 2, 2, 4, 4)
+    heads = Heads(zeros[0], found, *zeros[1:])
+    both = mistaken_noise(heads, noise, BOTH)
+    each = [mistaken_noise(heads, noise, sight) for sight in (ANATOMY, FUNCTION)]
+    for source, term in enumerate(each):
+        torch.testing.assert_close(term, mse_loss(found[:, source] * 10, noise[:, source] * 10))
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
+
+
+def test_a_training_draw_has_noise_in_the_sources_and_none_in_what_it_is_compared_with():
+    terms = {}
+    for noise_std in (0.0, 0.4):
+        model, batch = method(noise_std=noise_std), heads_of(4, 0)
+        terms[noise_std] = model.terms(batch, torch.Generator().manual_seed(0))
+    # untrained no noise is found; std is uniform in 0 to 0.4 a case, and black clips half of it
+    assert 0.3 < terms[0.4]["noise"] - terms[0.0]["noise"] < 0.4**2 / 3 / SOURCE_NOISE**2
+    # noise is copied into the fused picture, and does not lie in what that is held against
+    assert terms[0.4]["fusion"] > 1.1 * terms[0.0]["fusion"]
+
+
+def test_what_an_anatomical_source_came_with_is_noise_to_find_too():
+    model, batch = method(noise_std=0.0), heads_of(2, 0)
+    noisy, noise = noised(batch, 0.2)
+    anatomical, functional, found = model._noisy(noisy, batch.mri, torch.Generator())
+    assert torch.equal(anatomical, noisy.mri) and torch.equal(functional[:, :1], noisy.ct)
+    torch.testing.assert_close(found[:, :1], noise[:, :1])
+    assert not found[:, 1:].any()
+
+
+def test_the_noise_term_alone_teaches_it_to_leave_less_noise_than_the_sources_average_has():
+    model = method(noise_std=0.2)
+    optimizer = torch.optim.AdamW(model.network.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    still = {"shape": (32, 32), "shift_mm": 0.0, "turn_rad": 0.0}
+    for step in range(25):
+        term = model.terms(heads_of(4, step, **still), generator)["noise"]
+        optimizer.zero_grad()
+        term.backward()
+        optimizer.step()
+    batch = heads_of(4, 1000, **still)
+    noisy, noise = noised(batch, 0.1)
+    inside = batch.mri > AIR
+    left = (model.fuse(noisy) - model.fuse(batch))[inside].square().mean()
+    assert left < 0.6 * noise.mean(1, keepdim=True)[inside].square().mean()
+
+
 # The loss.
 
 
@@ -229,7 +324,8 @@ def test_the_clean_pair_is_registered_in_colour_too():
 def test_the_target_is_the_reference_or_else_the_clean_pair_by_the_masks():
     anatomical, functional = torch.rand(1, 1, 4, 4), torch.rand(1, 3, 4, 4)
     logits = torch.tensor([0.0, 2.0, 9.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
-    heads = Heads(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 4, 4), logits, torch.zeros(1, 1, 4, 4))
+    zeros = [torch.zeros(1, channels, 4, 4) for channels in (3, 2, 2, 1)]
+    heads = Heads(*zeros[:3], logits, zeros[3])
     share = torch.tensor(2.0).sigmoid()
     target = fused_target(heads, anatomical, functional, None)
     mixed = share * functional[:, :1] + (1 - share) * anatomical

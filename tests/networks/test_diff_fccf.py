@@ -32,6 +32,7 @@ def heads(net, sight, anatomical, functional, x_t, roi, level=LEVEL):
 def test_heads_have_the_size_of_the_picture_whatever_it_is(shape):
     out = heads(network(len(shape)), BOTH, *pictures(shape))
     assert out.eps_hat.shape == out.luma_logits.shape == (2, 3, *shape)
+    assert out.source_noise.shape == (2, 2, *shape)
     assert out.displacement_mm.shape == (2, len(shape), *shape)
     assert out.chroma_logit.shape == (2, 1, *shape)
 
@@ -93,6 +94,7 @@ def test_untrained_heads_know_the_noise_level_and_no_more():
     for level, expected in ((0.5, -3.0), (0.9, torch.tensor(9.0).log().item() - 3)):
         out = heads(net, BOTH, anatomical, functional, x_t, roi, torch.full((2,), level))
         torch.testing.assert_close(out.eps_hat, (1 - level) ** 0.5 * x_t)
+        assert not out.source_noise.any()
         assert out.chroma_logit[0, 0, 0, 0].item() == pytest.approx(expected, abs=1e-4)
         assert out.luma_logits[0, :, 3, 3].tolist() == pytest.approx([0, 0, expected], abs=1e-4)
 
@@ -100,9 +102,8 @@ def test_untrained_heads_know_the_noise_level_and_no_more():
 def shares(luma, chroma, anatomical, functional, denoised):
     """The blend of one voxel with these logits."""
     logits = torch.tensor(luma).reshape(1, 3, 1, 1)
-    made = Heads(
-        torch.zeros(1, 3, 1, 1), torch.zeros(1, 2, 1, 1), logits, torch.full((1, 1, 1, 1), chroma)
-    )
+    zeros = [torch.zeros(1, channels, 1, 1) for channels in (3, 2, 2)]
+    made = Heads(*zeros, logits, torch.full((1, 1, 1, 1), chroma))
     voxels = (torch.tensor(v).reshape(1, -1, 1, 1) for v in ([anatomical], functional, denoised))
     return made.blend(*voxels).flatten()
 
