@@ -45,6 +45,9 @@ INK, QUIET, ACCENT = "#1d2428", "#68737b", "#0b7a75"
 SERIES = ("#2f6db5", "#c2571a", "#7d55a8", "#8a6d12", "#b8467f", "#4d7c3a", "#5d6b78")
 """Colours of text, of rules and ticks, of the highlighted method, and of the others in turn."""
 
+FAR = 24.0
+"""Distance of two colours, in levels of 255, that changes what a picture says."""
+
 _ON_BLACK = "#d8dcdf"
 _LESION = "#ffb000"
 _MARKERS = "osD^vPX"
@@ -230,7 +233,8 @@ def figure_png(
     """The figure as a PNG of at most ``largest_bytes``, at ``dpi`` or less.
 
     One that is too large gets a palette before it gets coarser: 119 greys, 68 of each colour map
-    and the outline's amber, without dithering, so that anatomy gains no pattern.
+    and the outline's amber, or its own colours where these are others, without dithering, so that
+    anatomy gains no pattern.
     """
     while True:
         buffer = io.BytesIO()
@@ -279,7 +283,11 @@ def _free_name(case_id: str, used: set[str]) -> str:
 
 
 def _with_palette(image: Image.Image) -> Image.Image:
-    """The picture with each pixel in the nearest of 256 colours; Pillow's own search is rougher."""
+    """The picture with each pixel in the nearest of 256 colours; Pillow's own search is rougher.
+
+    Where the reports' colours have nothing near more than a few pixels, as for the hue of a fused
+    SPECT, it gets 256 colours of its own.
+    """
     amber = np.array([tuple(bytes.fromhex(_LESION[1:]))], np.uint8)
     maps = [palette("grey", 119), palette("difference", 68), palette("spread", 68)]
     colours = np.concatenate([*maps, amber])
@@ -287,7 +295,9 @@ def _with_palette(image: Image.Image) -> Image.Image:
     code = pixels.reshape(-1, 3) @ np.array([1 << 16, 1 << 8, 1], np.int32)  # rows sort slowly
     used, which = np.unique(code, return_inverse=True)
     used = np.stack([used >> 16, used >> 8 & 255, used & 255], 1)
-    nearest = KDTree(colours.astype(float)).query(used.astype(float))[1]
+    distance, nearest = KDTree(colours.astype(float)).query(used.astype(float))
+    if np.bincount(which.ravel())[distance > FAR].sum() > 0.005 * which.size:
+        return image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     coded = Image.fromarray(nearest[which].reshape(pixels.shape[:2]).astype(np.uint8))
     coded.putpalette(colours.tobytes())
     return coded

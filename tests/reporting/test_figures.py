@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -149,6 +150,23 @@ def test_a_palette_keeps_greys_and_white():
     shown = np.asarray(image.convert("RGB")).astype(int)
     assert abs(shown - exact).max() <= 255 / 118 / 2 + 1
     assert shown[exact == 255].min() == 255
+
+
+def test_a_palette_keeps_the_hue_of_fused_colour():
+    hue, value = np.meshgrid(np.linspace(0, 1, 160), np.linspace(0.3, 1, 160))
+    noise = 0.03 * np.random.default_rng(0).random((160, 160))
+    colours = hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.8), value - noise], -1))
+    figure = Figure(figsize=(4, 4), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(colours, interpolation="nearest")
+    axes.axis("off")
+    full = figure_png(figure, 80.0, 10**9)
+    exact = np.asarray(Image.open(io.BytesIO(full)).convert("RGB")) / 255
+    image = Image.open(io.BytesIO(figure_png(figure, 80.0, len(full) - 1)))
+    assert image.mode == "P" and image.size == exact.shape[1::-1]
+    shown = rgb_to_hsv(np.asarray(image.convert("RGB")) / 255)[..., 0]
+    off = abs(shown - rgb_to_hsv(exact)[..., 0])
+    assert np.median(np.minimum(off, 1 - off)) < 10 / 360
 
 
 def test_svg_for_a_page_has_no_link_and_takes_the_pages_colours(table):
