@@ -63,7 +63,7 @@ tables: $(INSTALLED)  ## run every sweep of conf/sweep, two at a time, and write
 	printf '%s\n' $(SWEEPS) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME $(PY) -m clinfuse.train -m sweep=NAME scale=$(SCALE)
 
 notebooks: $(INSTALLED)  ## execute every notebook from top to bottom
-	$(PY) -m pytest tests/notebooks
+	$(PYTEST) tests/notebooks -m "not slow"
 
 lint: $(INSTALLED)  ## check style, formatting and the layers
 	$(BIN)/ruff check --output-format=concise
