@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import traceback
@@ -28,6 +29,7 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -123,6 +125,8 @@ class FailuresLast(Callback):
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status is not JobStatus.FAILED:
             return
         error = job_return._return_value
+        if isinstance(error, SIGTERMException):  # of the sweep, not of the job
+            sys.exit(128 + signal.SIGTERM)
         if not isinstance(error, Refused):
             traceback.print_exception(error)
         sentence = f"{'' if isinstance(error, Refused) else f'{type(error).__name__}: '}{error}"

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from hydra.utils import get_class
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from clinfuse.configuration import CONFIG_PATH, FailuresLast, Refused, register_resolvers
@@ -135,6 +136,14 @@ def test_a_job_that_fails_is_named_at_the_end_and_fails_the_sweep(tmp_path, caps
     config.hydra.runtime.output_dir = str(tmp_path / "a")
     callback.on_job_start(config)  # tried again: what failed then says nothing of it
     callback.on_multirun_end(config)
+
+
+def test_a_sweep_that_is_asked_to_end_does_not_go_on_with_the_next_job(tmp_path):
+    hydra = {"mode": RunMode.MULTIRUN, "runtime": {"output_dir": str(tmp_path)}}
+    with pytest.raises(SystemExit) as end:
+        ended = job_return(SIGTERMException())
+        FailuresLast().on_job_end(OmegaConf.create({"hydra": hydra}), ended)
+    assert end.value.code == 143 and not list(tmp_path.iterdir())
 
 
 def test_one_bad_job_of_a_sweep_leaves_the_others_their_turn(entry_point, phantoms, tmp_path):
