@@ -25,6 +25,7 @@ from clinfuse.configuration import (
     lesion_head_of,
     quiet_libraries,
     register_resolvers,
+    rule,
     run_config,
     run_facts,
     trained_method,
@@ -133,21 +134,6 @@ def methods_of(
                 f"expected a method without weights, got {name}: name its run folder, run="
             )
         yield name, cfg.preset or "default", cfg.seed, method, None
-
-
-def rule(name: str) -> Any:
-    """A method that needs no training, by its configuration's name."""
-    folder = Path(CONFIG_PATH) / "method"
-    path = folder / f"{name}.yaml"
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(f"expected a method of {', '.join(known)}, got {name!r}")
-    configuration = OmegaConf.load(path)
-    if "defaults" in configuration or "optimizer" in configuration:
-        raise ValueError(
-            f"expected a method without weights, got {name}: name its run folder, run="
-        )
-    return instantiate(configuration, _convert_="all")
 
 
 def data_of(cfg: DictConfig, runs: Sequence[str]) -> Any:

@@ -100,8 +100,9 @@ class LesionHead(LightningModule):
         fused = self._like_an_estimate(reference, batch.spacing_mm, generator)
         with torch.no_grad():
             descriptions = self.network.describe(fused)
+        counts = self.lesion_voxels, self.brain_voxels
         for described, lesion, brain in zip(descriptions, batch.lesion, batch.brain, strict=True):
-            self.seen.append(self._voxels_of(described, lesion[0], brain[0], generator))
+            self.seen.append(some_voxels(described, lesion[0], brain[0], *counts, generator))
         self.seen = self.seen[-self.pool :]
         described, lesion = (torch.cat(part) for part in zip(*self.seen, strict=True))
         drawn = torch.randint(len(lesion), (self.voxels,), generator=generator).to(lesion.device)
@@ -109,19 +110,6 @@ class LesionHead(LightningModule):
         loss = binary_cross_entropy_with_logits(logits.float(), lesion[drawn])
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         return loss
-
-    def _voxels_of(
-        self, described: Tensor, lesion: Tensor, brain: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Descriptions ``n f`` of some voxels of a volume, and which of them are lesion."""
-        described, lesion = described.flatten(1).T, lesion.flatten()
-        positive, asked = lesion.nonzero()[:, 0], (brain.flatten() | lesion).nonzero()[:, 0]
-        if not len(asked):  # a head whose brain is not known
-            asked = torch.arange(len(lesion), device=lesion.device)
-        order = torch.randperm(len(positive), generator=generator).to(positive.device)
-        some = torch.randint(len(asked), (self.brain_voxels,), generator=generator)
-        chosen = torch.cat([positive[order[: self.lesion_voxels]], asked[some.to(asked.device)]])
-        return described[chosen], lesion[chosen].float()
 
     def _like_an_estimate(
         self, reference: Tensor, spacing_mm: Tensor, generator: torch.Generator
@@ -168,3 +156,31 @@ class LesionHead(LightningModule):
         return staged_optimizer(
             self.optimizer, [Stage(list(self.network.parameters()), 0, end)], self.warmup_steps
         )
+
+
+def some_voxels(
+    described: Float[Tensor, "f *dhw"],
+    lesion: Bool[Tensor, "*dhw"],
+    brain: Bool[Tensor, "*dhw"],
+    lesion_voxels: int,
+    brain_voxels: int,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "n f"], Float[Tensor, " n"]]:
+    """Descriptions of some voxels of a volume, and which of them are lesion.
+
+    Args:
+        described: every voxel of a volume.
+        lesion: its true lesion.
+        brain: where it is asked about; everywhere, if that and the lesion are empty.
+        lesion_voxels: drawn from the lesion, or all of it.
+        brain_voxels: drawn from the brain and the lesion, with replacement.
+        generator: of what is drawn, which does not depend on the descriptions.
+    """
+    rows, is_lesion = described.flatten(1).T, lesion.flatten()
+    positive, asked = is_lesion.nonzero()[:, 0], (brain.flatten() | is_lesion).nonzero()[:, 0]
+    if not len(asked):  # a head whose brain is not known
+        asked = torch.arange(len(is_lesion), device=is_lesion.device)
+    order = torch.randperm(len(positive), generator=generator).to(positive.device)
+    some = torch.randint(len(asked), (brain_voxels,), generator=generator)
+    chosen = torch.cat([positive[order[:lesion_voxels]], asked[some.to(asked.device)]])
+    return rows[chosen], is_lesion[chosen].float()

@@ -32,10 +32,11 @@ class ScaleSpaceNetwork(nn.Module):
     (experiments/lesion_head).
 
     Args:
-        spacing_mm: voxel size of the volumes, (d, h, w).
+        spacing_mm: voxel size of the volumes, (d, h, w), where ``describe`` is told no other.
         scales_mm: standard deviations of the smoothing, in mm in every direction, at least three.
         width: of the hidden layers.
         depth: number of them.
+        channels: of a volume, each described by itself and all of them read.
     """
 
     def __init__(
@@ -44,16 +45,18 @@ class ScaleSpaceNetwork(nn.Module):
         scales_mm: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0),
         width: int = 64,
         depth: int = 2,
+        channels: int = 1,
     ) -> None:
         super().__init__()
         if len(scales_mm) < 3:
             raise ValueError(f"expected three scales or more, got {list(scales_mm)}")
         self.spacing_mm, self.scales_mm = tuple(spacing_mm), tuple(scales_mm)
-        described = 2 * (len(scales_mm) + 1) - 1 + 2 + 2 + LEVELS
+        self.channels = channels
+        described = channels * (2 * (len(scales_mm) + 1) - 1 + 2 + 2 + LEVELS)
         self.standardise = nn.BatchNorm1d(described, momentum=0.05, affine=False)
         self.reader = FullyConnectedNet(described, 1, [width] * depth, act="swish")
 
-    def forward(self, volume: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
+    def forward(self, volume: Float[Tensor, "b c *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
         """A logit at every voxel."""
         described = self.describe(volume).movedim(1, -1)
         logits = self.read(described.flatten(0, -2))
@@ -63,10 +66,21 @@ class ScaleSpaceNetwork(nn.Module):
         """The logits of voxels so described."""
         return self.reader(self.standardise(description))
 
-    def describe(self, volume: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b f *dhw"]:
-        """What there is to read about every voxel, of order 1."""
+    def describe(
+        self, volume: Float[Tensor, "b c *dhw"], spacing_mm: Sequence[float] | None = None
+    ) -> Float[Tensor, "b f *dhw"]:
+        """What there is to read about every voxel, of order 1, channel after channel.
+
+        Args:
+            volume: of any number of channels; the network reads those of ``channels`` at once.
+            spacing_mm: its voxel size; None takes that which the network has been made for.
+        """
+        spacing_mm = self.spacing_mm if spacing_mm is None else spacing_mm
+        return torch.cat([self._describe(part, spacing_mm) for part in volume.split(1, 1)], 1)
+
+    def _describe(self, volume: Tensor, spacing_mm: Sequence[float]) -> Tensor:
         volume = volume.float()
-        sigmas = [[mm / size for size in self.spacing_mm] for mm in self.scales_mm]
+        sigmas = [[mm / size for size in spacing_mm] for mm in self.scales_mm]
         sigmas = [sigma[-(volume.ndim - 2) :] for sigma in sigmas]
         smooth = [volume, *(gaussian_smooth(volume, sigma) for sigma in sigmas)]
         middle = len(self.scales_mm) // 2

@@ -18,6 +18,7 @@ from clinfuse.reporting.tables import (
     HEADLINE_SCORES,
     KEPT_SCORES,
     LESION_SCORES,
+    LOCALISATION_SCORES,
     LOWER_IS_BETTER,
     NEITHER_IS_BETTER,
     SEEN_SCORES,
@@ -39,6 +40,7 @@ GROUPS: dict[str, tuple[str, tuple[Score, ...]]] = {
     "quality": ("Fusion quality", HEADLINE_SCORES),
     "kept": ("What is kept of both sources", KEPT_SCORES),
     "lesion": ("How well a lesion is found in the fused image", LESION_SCORES),
+    "localisation": ("How well lesions are localised", LOCALISATION_SCORES),
     "conspicuity": ("Conspicuity of findings", SEEN_SCORES),
 }
 """Scores that make a table together, by name, and what the table is called."""

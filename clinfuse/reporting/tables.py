@@ -43,6 +43,11 @@ KEPT_SCORES = tuple(
 LESION_SCORES = (("lesion", "dice"), ("lesion", "nsd"), ("lesion", "hd95"))
 """How well a lesion head finds the lesion in what was fused."""
 
+LOCALISATION_SCORES = tuple(
+    ("lesion", metric) for metric in ("sensitivity", "false_positives", "f1", "centroid_distance")
+)
+"""How a segmentation does lesion by lesion."""
+
 SEEN_SCORES = tuple(
     (roi, metric) for roi in ("lesion", "findings") for metric in ("conspicuity", "conspicuity_min")
 )
@@ -56,6 +61,7 @@ FINDING_KINDS = {"lesion": "lesion on MRI", "findings": "only on CT"}
 
 LOWER_IS_BETTER = frozenset(
     {"hd95", "mae", "mse", "rmse", "nll", "lpips", "width", "seconds", "adaptation_seconds"}
+    | {"false_positives", "centroid_distance"}
     | {"ause", "ause_constant", "ause_random"}
     | {name + suffix for name in ("ece", "brier", "uce", "ence") for suffix in ("", "_raw")}
 )
@@ -88,7 +94,7 @@ FEWEST_PATIENTS = 3
 _DASH = "\N{EN DASH}"
 _VARIANTS = ("preset", "mask_source", "steps", "perturbation")
 _GROUPS = ("method", "misregistration_mm")
-_UNITS = {"psnr": "dB", "hd95": "mm"}
+_UNITS = {"psnr": "dB", "hd95": "mm", "centroid_distance": "mm", "seconds": "s"}
 _NAMES = {
     "dice": "Dice",
     "ence_raw": "ENCE before calibration",

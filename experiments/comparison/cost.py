@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from run import METHODS, RULES, SLICE_RULES
 
-from clinfuse.configuration import register_resolvers, run_config, trained_method
-from clinfuse.evaluate import rule
+from clinfuse.configuration import register_resolvers, rule, run_config, trained_method
 
 COLUMNS = (
     *("method", "parameters", "trained_parameters", "training_steps", "training_seconds"),

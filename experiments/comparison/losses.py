@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-from clinfuse.configuration import register_resolvers, run_config, trained_method
-from clinfuse.evaluate import rule
+from clinfuse.configuration import register_resolvers, rule, run_config, trained_method
 from clinfuse.functional.qabf import qabf
 from clinfuse.functional.spacing import shared_spacing
 from clinfuse.methods.aims import aims_of

@@ -67,3 +67,20 @@ def test_volumes_that_are_one_value_or_not_much_bigger_than_a_voxel_have_finite_
 def test_too_few_scales_are_refused():
     with pytest.raises(ValueError, match="three scales or more"):
         ScaleSpaceNetwork((1.0, 1.0, 1.0), (1.0, 2.0))
+
+
+def test_channels_are_described_one_after_another_and_read_at_once(network, volume):
+    both = ScaleSpaceNetwork((4.0, 2.0, 2.0), channels=2).eval()
+    other = volume.flip(3)
+    described = both.describe(torch.cat([volume, other], 1))
+    torch.testing.assert_close(
+        described, torch.cat([network.describe(volume), network.describe(other)], 1)
+    )
+    assert both(torch.cat([volume, other], 1)).shape == volume.shape
+
+
+def test_a_volume_of_another_voxel_size_is_described_in_its_own_millimetres(network, volume):
+    spacing_mm = (5.0, 0.9, 0.9)
+    torch.testing.assert_close(
+        network.describe(volume, spacing_mm), ScaleSpaceNetwork(spacing_mm).describe(volume)
+    )

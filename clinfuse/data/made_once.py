@@ -1,0 +1,63 @@
+"""What is slow to make of a study, kept on disk: whoever asks for it again reads it."""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clinfuse.types import FusionBatch
+
+log = logging.getLogger(__name__)
+
+
+class MadeOnce:
+    """A function of batches whose answers are kept, one file each, named by what it was given.
+
+    The name is a hash of sources, masks, voxel size and cases, so that an answer is never taken
+    for another's, and what is asked for after a run was killed is made only if it had not been.
+
+    Args:
+        folder: of the files. Another function, or another state of it, needs another folder.
+        make: volumes ``b 1 *dhw`` from a batch, depending on nothing else.
+    """
+
+    def __init__(
+        self, folder: Path | str, make: Callable[[FusionBatch], Float[Tensor, "b 1 *dhw"]]
+    ) -> None:
+        self.folder, self.make = Path(folder), make
+
+    def __call__(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
+        path = self.folder / f"{fingerprint_of(batch)}.npy"
+        if not path.is_file():
+            begun = time.monotonic()
+            _write(path, self.make(batch).detach().float().cpu().numpy())
+            log.info("%s in %.1f s: %s", batch.case_id, time.monotonic() - begun, path)
+        return torch.from_numpy(np.load(path)).to(batch.mri.device)
+
+
+def fingerprint_of(batch: FusionBatch) -> str:
+    """Sixteen characters that differ where anything differs that a method may see."""
+    seen = hashlib.sha256(repr((list(batch.case_id), list(batch.ct_map))).encode())
+    for tensor in (batch.mri, batch.ct, batch.roi, batch.spacing_mm):
+        array = np.ascontiguousarray(tensor.detach().cpu().numpy())
+        seen.update(f"{array.shape} {array.dtype}".encode())
+        seen.update(array.tobytes())
+    return seen.hexdigest()[:16]
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    try:
+        np.save(scratch, array)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
