@@ -102,16 +102,17 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def begun(folder: Path, cfg: DictConfig) -> State:
-    """What a run's folder holds of this configuration; a folder that is new begins one.
+    """What a run's folder holds of this configuration; of a folder that is new, what it will.
+
+    ``State.write`` begins it, when there is something to keep.
 
     Raises:
         ValueError: the folder is another configuration's, whose record is put back.
     """
     key = run_key(cfg)
     if (state := read_state(folder)) is None:
-        state = State(key, config=OmegaConf.to_yaml(cfg))
-        state.write(folder)
-    elif state.key != key:
+        return State(key, config=OmegaConf.to_yaml(cfg))
+    if state.key != key:
         write_atomically(folder / ".hydra" / "config.yaml", state.config)
         raise ValueError(
             f"expected a folder that is new, or of the same configuration, got one of another "

@@ -82,6 +82,7 @@ def main(cfg: DictConfig) -> float | None:
         logger=all_of(instantiate(cfg.logger, _convert_="all")),
         _convert_="all",
     )
+    state.write(folder)
     facts = {**run_facts(), "seed": cfg.seed, "data": data.describe()}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     data.write_splits(folder / "splits.json")

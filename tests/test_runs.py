@@ -70,13 +70,15 @@ def test_a_folder_is_begun_then_finished_and_remembers_what_goes_back_to_a_sweep
 ):
     cfg = phantoms.config(*phantoms.smoke)
     state = begun(tmp_path, cfg)
-    assert not state.is_finished and read_state(tmp_path) == state
+    assert not state.is_finished and not list(tmp_path.iterdir())
+    state.write(tmp_path)
+    assert begun(tmp_path, cfg) == read_state(tmp_path) == state
     state._replace(is_finished=True, objective=0.25).write(tmp_path)
     assert begun(tmp_path, cfg) == State(run_key(cfg), True, 0.25, state.config)
 
 
 def test_another_configurations_folder_is_refused_and_its_record_put_back(phantoms, tmp_path):
-    begun(tmp_path, phantoms.config(*phantoms.smoke))
+    begun(tmp_path, phantoms.config(*phantoms.smoke)).write(tmp_path)
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("what Hydra wrote over it")
     with pytest.raises(ValueError, match="got one of another .*: " + str(tmp_path)):

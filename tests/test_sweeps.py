@@ -148,8 +148,8 @@ def test_a_sweep_that_is_asked_to_end_does_not_go_on_with_the_next_job(tmp_path)
 
 def test_one_bad_job_of_a_sweep_leaves_the_others_their_turn(entry_point, phantoms, tmp_path):
     done = entry_point(
-        "clinfuse.train", *SMOKE, "-m", "method=average,maximum", "group=tried",
-        "data.perturbations={noise_std: [-1]},null", f"cache_dir={phantoms.cache_dir}",
+        "clinfuse.train", "-m", *SMOKE, "method=average,maximum", "group=tried",
+        "+data.perturbations={noise_std: [-1]},null", f"cache_dir={phantoms.cache_dir}",
         f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra:job.num}",
         "callbacks.report=null",
     )  # fmt: skip
