@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 STATE = "run.json"
 
-_SAY_NOTHING = ("name", "label", "group", "tags", "resume", "trainings", "logger", "callbacks")
+_SAY_NOTHING = (
+    *("name", "label", "group", "scale_name", "grids", "table"),
+    *("tags", "resume", "trainings", "logger", "callbacks"),
+)
 """Settings that change neither weights nor scores; of the callbacks some do: ``_DECIDING``."""
 
 _DECIDING = {"ema": ("decay",), "model_draws": ("fractions",)}

@@ -65,6 +65,14 @@ def test_every_sweep_has_jobs_that_compose_at_either_scale(sweep, scale):
         get_class(end.method._target_)
 
 
+def test_every_score_that_a_sweeps_table_shows_is_one_that_runs_have(smoke_run):
+    rows = pd.read_csv(smoke_run / "cases.csv")
+    known = set(rows["roi"] + "/" + rows["metric"])
+    for sweep in options("sweep"):
+        table = OmegaConf.load(Path(CONFIG_PATH, "sweep", f"{sweep}.yaml")).get("table") or {}
+        assert set(table.get("scores") or []) <= known, sweep
+
+
 @pytest.mark.parametrize("ablation", options("ablation"))
 def test_every_ablation_changes_the_method_and_the_one_of_none_does_not(ablation):
     with_it, without = composed(f"ablation={ablation}"), composed()
