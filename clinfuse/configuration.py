@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def register_resolvers() -> None:
         "precision": fastest_precision,
         "fingerprint": fingerprint,
         "swept": swept,
+        "swept_folder": lambda: re.sub(r"[^\w.,+-]+", "_", swept()).strip("_"),
         "sweep_dir": lambda group, scale, fresh: (
             f"runs/sweeps/{group}" + (f"/{scale}" if scale else "") if group else str(fresh)
         ),
