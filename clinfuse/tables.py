@@ -117,7 +117,8 @@ def tables_of_sweep(folder: Path, out: Path | None = None) -> list[Path]:
     sweep = _json(folder / SWEEP)
     table = sweep.get("table") or {}
     out = folder / "table" if out is None else out
-    collected = collect([str(job) for job in _folders(folder.iterdir()) if job != out], out)
+    jobs = [job for job in _folders(folder.iterdir()) if (job / CONFIG.parent).is_dir()]
+    collected = collect(map(str, jobs), out)
     lacking = never_begun(folder, sweep.get("jobs") or [])
     for left in [*collected.left_out, *lacking]:
         print(f"clinfuse: {left}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Folders as runs and evaluations leave them, to the files of a paper."""
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -7,7 +8,6 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy import stats
@@ -196,6 +196,8 @@ def test_a_sweep_names_its_methods_its_curves_and_the_jobs_that_were_never_begun
     long = pd.read_csv(folder / "table" / "table.csv")
     assert set(long["method"]) == {"steps 2", "steps 20"}
     assert set(long.query("method == 'steps 2'")["mark"]) == {"win"}
+    elsewhere = tables_of_sweep(folder, tmp_path / "elsewhere")  # its own table is no job
+    assert pd.read_csv(elsewhere[1]).equals(long)
 
 
 def test_a_label_is_said_as_a_reader_would():
@@ -450,7 +452,7 @@ def test_a_real_run_states_its_cohort_its_split_and_its_versions(smoke_run, tmp_
     assert "CT map piecewise" in text and "units of CT HU" in text
     assert "Split: the lists that came with the data." in text
     commit = json.loads((smoke_run / "facts.json").read_text())["commit"]
-    assert f"torch {torch.__version__}" in text and f"Commit: {commit}." in text
+    assert f"torch {importlib.metadata.version('torch')}" in text and f"Commit: {commit}." in text
 
 
 @pytest.mark.slow
