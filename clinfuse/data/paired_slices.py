@@ -239,6 +239,7 @@ class PairedSlices(lightning.LightningDataModule):
         perturbations: as of ``PairedVolumes``, in the plane. Masks can go wrong only where there
             are any (ct_mri), and no pair has a lesion to withhold.
         perturbed_at_mm: the misregistration at which it is; a rotation is without a shift.
+        train_on: as of ``PairedVolumes``.
 
     Raises:
         ValueError: for another ``split``, or ``community`` with lists of one's own; for lists, a
@@ -267,6 +268,7 @@ class PairedSlices(lightning.LightningDataModule):
         cache_dir: Path | str | None = None,
         perturbations: Mapping[str, Any] | None = None,
         perturbed_at_mm: Any = 0.0,
+        train_on: str = "train",
     ) -> None:
         super().__init__()
         if split not in ("patient", "community"):
@@ -281,6 +283,9 @@ class PairedSlices(lightning.LightningDataModule):
         self.jitter, self.patch_shape = jitter, patch_shape
         self.misregistration_mm = tuple(misregistration_mm)
         self.conditions = conditions_of(misregistration_mm, perturbations, perturbed_at_mm)
+        if train_on not in ("train", "val"):
+            raise ValueError(f"expected train_on of train or val, got {train_on!r}")
+        self.train_on = train_on
         _check_there_are_masks(self.conditions, kind, self.pair_kind)
         self.val_misregistration_mm = val_misregistration_mm
         self.misregistration_deg_per_mm = misregistration_deg_per_mm
@@ -328,7 +333,7 @@ class PairedSlices(lightning.LightningDataModule):
         return [self._slice(name) for name in self.splits[split]]
 
     def train_dataloader(self) -> DataLoader:
-        slices = self._some("train")
+        slices = self._some(self.train_on)
         if self.batch_size > 1 and self.patch_shape is None:
             self._check_sizes(slices)
         slices = self._with_references(slices)

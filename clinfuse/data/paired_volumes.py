@@ -271,6 +271,8 @@ class PairedVolumes(lightning.LightningDataModule):
             misregistration (``conditions`` lists them all).
         perturbed_at_mm: the misregistration at which it is; a rotation is without a shift.
         training_reference: what training draws aim at; tests compare with the study's own.
+        train_on: the split that training draws from. ``val`` is for weights of a rule, which are
+            optimised on validation patients; no network is trained there.
         val_misregistration_mm: the amplitude of ``val_dataloader``.
         misregistration_deg_per_mm: rotation that goes with each millimetre of shift.
         num_workers: processes that draw; the draws are the same for any number.
@@ -307,8 +309,12 @@ class PairedVolumes(lightning.LightningDataModule):
         perturbations: Mapping[str, Any] | None = None,
         perturbed_at_mm: Any = 0.0,
         training_reference: PseudoReference = "own",
+        train_on: str = "train",
     ) -> None:
         super().__init__()
+        if train_on not in ("train", "val"):
+            raise ValueError(f"expected train_on of train or val, got {train_on!r}")
+        self.train_on = train_on
         if training_reference not in get_args(PseudoReference):
             raise ValueError(
                 f"expected training_reference of {get_args(PseudoReference)}, "
@@ -367,9 +373,9 @@ class PairedVolumes(lightning.LightningDataModule):
         return self._studies[case_id]
 
     def train_dataloader(self) -> DataLoader:
-        studies = self.studies("train")
+        studies = self.studies(self.train_on)
         if not studies:
-            raise ValueError(f"expected training cases, got none: {self.root}")
+            raise ValueError(f"expected cases in {self.train_on}, got none: {self.root}")
         draws = self.draws_per_epoch or len(studies)
         return DataLoader(
             TrainingDraws(

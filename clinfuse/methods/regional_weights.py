@@ -22,7 +22,8 @@ class RegionalWeights(FusionMethod):
     The weights are fitted by gradient on the *training* patients, from 0.5, like those of any
     network: four numbers do not overfit them, draws are moved as the evaluation moves its cases,
     and the validation patients stay unseen for what is chosen and calibrated on them. No test
-    patient is looked at. A region that no case has (a lesion in slices without masks) keeps 0.5.
+    patient is looked at. ``data.train_on=val`` optimises them on validation patients instead. A
+    region that no case has (a lesion in slices without masks) keeps 0.5.
 
     Args:
         loss: against the reference, taken for both sources, where a case has one; else against its

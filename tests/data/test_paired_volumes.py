@@ -78,6 +78,14 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(cohort):
     assert not any(map(same, here, draws(PairedVolumes(cohort, seed=2, **options))))
 
 
+def test_a_rules_weights_can_be_trained_on_validation_patients_alone(cohort):
+    splits = {"train": ["case_00"], "val": ["case_01", "case_02"], "test": ["case_03"]}
+    data = PairedVolumes(cohort, splits=splits, train_on="val", draws_per_epoch=4)
+    assert {batch.case_id[0] for batch in draws(data)} == set(splits["val"])
+    with pytest.raises(ValueError, match="train_on of train or val, got 'test'"):
+        PairedVolumes(cohort, train_on="test")
+
+
 def test_every_case_is_drawn_equally_often_across_epochs():
     sampler = DrawSampler(cases=7, draws_per_epoch=5, seed=3)
     cases = []
