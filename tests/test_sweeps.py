@@ -85,7 +85,8 @@ def test_a_sweep_that_is_killed_goes_on_and_leaves_what_was_finished(
     (tmp_path / "killer.py").write_text(KILLER)
     folder = tmp_path / "sweep"
     asked = [
-        *SMOKE, "scale=none", "sweep=methods", "method=average,maximum,wavelet", "table.ours=wavelet",
+        *SMOKE, "scale=none", "sweep=methods", "method=average,maximum,wavelet",
+        "table.ours=wavelet",
         f"cache_dir={phantoms.cache_dir}", f"hydra.sweep.dir={folder}", "callbacks.progress=null",
         "hydra.sweep.subdir=${hydra:job.num}",
     ]  # fmt: skip
