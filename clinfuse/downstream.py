@@ -106,8 +106,8 @@ class Cohort:
     @cached_property
     def test(self) -> list[tuple[float, list[Study]]]:
         """Each amplitude with its studies."""
-        loaders = zip(self.data.misregistration_mm, self.data.test_dataloader(), strict=True)
-        return [(amplitude_mm, list(map(_study, loader))) for amplitude_mm, loader in loaders]
+        loaders = zip(self.data.conditions, self.data.test_dataloader(), strict=True)
+        return [(of.misregistration_mm, list(map(_study, loader))) for of, loader in loaders]
 
 
 def _study(batch: FusionBatch) -> Study:

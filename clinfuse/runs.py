@@ -6,7 +6,6 @@ sample and in what they are tested on alone share one training.
 
 import fcntl
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,17 +19,17 @@ from omegaconf import DictConfig, OmegaConf
 from clinfuse.configuration import CHECKPOINT, checkpoint_content, fingerprint
 from clinfuse.reporting.atomic import write_atomically
 
-log = logging.getLogger(__name__)
-
 STATE = "run.json"
 
 _SAY_NOTHING = (
     *("name", "label", "group", "scale_name", "grids", "table"),
     *("tags", "resume", "trainings", "logger", "callbacks"),
 )
-"""Settings that change neither weights nor scores; of the callbacks some do: ``_DECIDING``."""
+"""Settings that change neither weights nor scores; of the callbacks some do."""
 
 _DECIDING = {"ema": ("decay",), "model_draws": ("fractions",)}
+_SCORING = {"report": ("mask_source",)}
+"""What decides the weights, and what decides the scores beside them, among the callbacks."""
 
 _OF_TESTS = (
     *("misregistration_mm", "val_misregistration_mm", "misregistration_deg_per_mm"),
@@ -69,7 +68,7 @@ def run_key(cfg: DictConfig) -> str:
     plain = _resolved(cfg)
     kept = {name: value for name, value in plain.items() if name not in _SAY_NOTHING}
     kept["trainer"] = {k: v for k, v in plain["trainer"].items() if k != "default_root_dir"}
-    return fingerprint(kept | _deciding_callbacks(plain))
+    return fingerprint(kept | _of_callbacks(plain, _DECIDING | _SCORING))
 
 
 def training_key(cfg: DictConfig) -> str:
@@ -86,14 +85,14 @@ def training_key(cfg: DictConfig) -> str:
         "seed": plain["seed"],
         "lesion_head": plain.get("lesion_head"),
     }
-    return fingerprint(decides | _deciding_callbacks(plain))
+    return fingerprint(decides | _of_callbacks(plain, _DECIDING))
 
 
-def _deciding_callbacks(plain: dict[str, Any]) -> dict[str, Any]:
+def _of_callbacks(plain: dict[str, Any], asked: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     callbacks = plain.get("callbacks") or {}
     return {
         name: {setting: callbacks[name].get(setting) for setting in settings}
-        for name, settings in _DECIDING.items()
+        for name, settings in asked.items()
         if callbacks.get(name)
     }
 
@@ -181,16 +180,18 @@ def shared_training(trainings: Path, key: str, folder: Path) -> Iterator[Path | 
 def adopt_training(trained: Path, folder: Path) -> None:
     """Give a run's folder the weights, and what they cost, of another run that trained them.
 
-    Files are linked where the disk can, so that a sweep over ten samplers keeps one training.
+    Files are linked where the disk can, so that a sweep over ten samplers keeps one training. What
+    the run itself had when it was interrupted gives way to them.
     """
     own = folder / CHECKPOINT.parent
     own.mkdir(parents=True, exist_ok=True)
     for file in sorted((trained / CHECKPOINT.parent).iterdir()):
-        if (own / file.name).exists():
-            continue
+        scratch = own / f".{file.name}.{os.getpid()}.tmp"
         try:
-            os.link(file, own / file.name)
+            os.link(file, scratch)
         except OSError:
-            shutil.copyfile(file, own / file.name)
+            shutil.copyfile(file, scratch)
+        scratch.replace(own / file.name)
+        scratch.unlink(missing_ok=True)  # of a link onto itself nothing is renamed
     if (trained / "cost.json").is_file():
         shutil.copyfile(trained / "cost.json", folder / "cost.json")

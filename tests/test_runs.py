@@ -36,7 +36,7 @@ def keys(phantoms, *overrides):
     [
         "method.steps=7", "method.members=3", "sampler=dpm_solver", "guidance.eta=0.3",
         "method.guidance_loss.alpha=2.0", "ablation=no_modulation", "data.misregistration_mm=[1.0]",
-        "trainer.limit_test_batches=2",
+        "trainer.limit_test_batches=2", "callbacks.report.mask_source=none",
     ],
 )  # fmt: skip
 def test_what_only_samples_or_tests_otherwise_shares_a_training_but_is_another_run(
@@ -118,6 +118,14 @@ def test_the_first_run_trains_and_those_after_it_take_its_weights(tmp_path):
     assert (second / CHECKPOINT).read_bytes() == b"weights"
     assert os.path.samefile(first / CHECKPOINT, second / CHECKPOINT)
     assert json.loads((second / "cost.json").read_text()) == {"training_seconds": 1.0}
+
+
+def test_what_an_interrupted_run_had_gives_way_to_the_whole_training(tmp_path):
+    whole, interrupted = trained(tmp_path / "whole"), trained(tmp_path / "part", b"half trained")
+    for _ in range(2):  # again: a link onto itself
+        adopt_training(whole, interrupted)
+        assert (interrupted / CHECKPOINT).read_bytes() == b"weights"
+        assert {path.name for path in (interrupted / CHECKPOINT.parent).iterdir()} == {"last.ckpt"}
 
 
 def test_a_training_that_failed_or_whose_folder_is_gone_is_trained_anew(tmp_path):

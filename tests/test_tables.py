@@ -328,6 +328,16 @@ def test_what_is_not_comparable_is_refused_with_its_folders_and_nothing_is_writt
     assert not (tmp_path / "out").exists()
 
 
+def test_what_an_ablation_varies_may_differ_and_its_table_says_all_of_it(tmp_path):
+    for number, ct_map in enumerate(("piecewise", "window_40_400")):
+        run(tmp_path / str(number), ct_map, 20.0, data={**VOLUMES, "ct_map": ct_map})
+    with pytest.raises(ValueError, match="the same CT map"):
+        tables(tmp_path, tmp_path / "?")
+    tables(tmp_path, tmp_path / "?", may_differ=["CT map"])
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "CT map piecewise and window_40_400" in text
+
+
 def test_phantoms_of_another_cohort_and_pairs_of_another_kind_are_refused(tmp_path):
     made = [{**VOLUMES, "prepare": {**GENERATED, "cases": n, "workers": n}} for n in (60, 24)]
     kinds = [{**PAIRS, "kind": kind} for kind in ("ct_mri", "spect_mri")]

@@ -302,9 +302,12 @@ def _power(tested: pd.DataFrame, scores: Sequence[Score]) -> list[str]:
 def provenance(rows: Rows, scored: Sequence[Scored]) -> list[str]:
     """Sentences on data, split, seeds, versions and commits of what was collected."""
     roots = list(dict.fromkeys(part.root for part in scored if part.root))
-    data = {name: value for part in scored for name, value in part.data.items()}
+    data: dict[str, dict[str, None]] = {}
+    for part in scored:
+        for name, value in part.data.items():
+            data.setdefault(name, {})[value] = None  # several, where a table compares them
     described = [_listed(roots)] if roots else []
-    described += [f"{name} {value}" for name, value in data.items()]
+    described += [f"{name} {_listed(values)}" for name, values in data.items()]
     splits = [
         "the lists that came with the data" if part.split == part.root else part.split
         for part in scored
