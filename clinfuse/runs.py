@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ _SAY_NOTHING = (
 )
 """Settings that change neither weights nor scores; of the callbacks some do."""
 
-_DECIDING = {"ema": ("decay",), "model_draws": ("fractions",)}
-_SCORING = {"report": ("mask_source",)}
+_DECIDING: Mapping[str, Sequence[str]] = {"ema": ("decay",), "model_draws": ("fractions",)}
+_SCORING: Mapping[str, Sequence[str]] = {"report": ("mask_source",)}
 """What decides the weights, and what decides the scores beside them, among the callbacks."""
 
 _OF_TESTS = (
@@ -68,7 +68,7 @@ def run_key(cfg: DictConfig) -> str:
     plain = _resolved(cfg)
     kept = {name: value for name, value in plain.items() if name not in _SAY_NOTHING}
     kept["trainer"] = {k: v for k, v in plain["trainer"].items() if k != "default_root_dir"}
-    return fingerprint(kept | _of_callbacks(plain, _DECIDING | _SCORING))
+    return fingerprint(kept | _of_callbacks(plain, {**_DECIDING, **_SCORING}))
 
 
 def training_key(cfg: DictConfig) -> str:
@@ -88,7 +88,7 @@ def training_key(cfg: DictConfig) -> str:
     return fingerprint(decides | _of_callbacks(plain, _DECIDING))
 
 
-def _of_callbacks(plain: dict[str, Any], asked: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+def _of_callbacks(plain: dict[str, Any], asked: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     callbacks = plain.get("callbacks") or {}
     return {
         name: {setting: callbacks[name].get(setting) for setting in settings}
