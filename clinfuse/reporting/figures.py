@@ -48,7 +48,7 @@ SERIES = ("#2f6db5", "#c2571a", "#7d55a8", "#8a6d12", "#b8467f", "#4d7c3a", "#5d
 FAR = 24.0
 """Distance of two colours, in levels of 255, that changes what a picture says."""
 
-_ON_BLACK = "#d8dcdf"
+ON_BLACK = "#d8dcdf"
 _LESION = "#ffb000"
 _MARKERS = "osD^vPX"
 
@@ -78,7 +78,7 @@ def case_figure(
     for plane, line in zip(PLANES, grid, strict=True):
         index = at[plane.axis] - box[plane.axis].start
         for panel, axes in zip(columns, line, strict=True):
-            _draw_tile(axes, panel, plane, index, view.spacing_mm, widest_mm)
+            draw_tile(axes, panel, plane, index, view.spacing_mm, widest_mm)
         _draw_facts(line[0], plane, index, at[plane.axis], view)
     for panel, top, bottom in zip(columns, grid[0], grid[-1], strict=True):
         top.set_title(panel.name, fontsize=9, pad=4, color=INK)
@@ -303,7 +303,7 @@ def _with_palette(image: Image.Image) -> Image.Image:
     return coded
 
 
-def _draw_tile(
+def draw_tile(
     axes: Axes,
     panel: Panel,
     plane: Plane,
@@ -334,20 +334,25 @@ def _draw_tile(
         (plane.bottom, 0.5, 0.02, "center", "bottom"),
     ):
         place: dict[str, Any] = {"ha": across, "va": along, "transform": axes.transAxes}
-        axes.text(x, y, letter, fontsize=6.5, color=_ON_BLACK, **place)
+        axes.text(x, y, letter, fontsize=6.5, color=ON_BLACK, **place)
 
 
 def _draw_facts(axes: Axes, plane: Plane, index: int, number: int, view: CaseView) -> None:
     """On the MRI: which slice of the whole volume, a bar of 50 mm, the lesion's outline."""
-    left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
-    place: dict[str, Any] = {"color": _ON_BLACK, "transform": axes.transAxes, "va": "top"}
-    axes.text(0.02, 0.98, f"{plane.name} {number + 1}", fontsize=6.5, **place)
-    axes.plot([left + 5, left + 55], [bottom - 5, bottom - 5], color=_ON_BLACK, lw=1.2)
-    axes.text(left + 5, bottom - 8, "50 mm", color=_ON_BLACK, fontsize=5.5, va="bottom")
+    draw_scale(axes, f"{plane.name} {number + 1}")
     if view.lesion is not None:
         mask = plane.picture(view.lesion, index)
         for border in outlines(mask, plane.pixel_mm(view.spacing_mm)):
             axes.plot(*border.T, color=_LESION, lw=0.9)
+
+
+def draw_scale(axes: Axes, text: str) -> None:
+    """What a slice is, and a bar of 50 mm, on a tile of ``draw_tile``."""
+    left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
+    place: dict[str, Any] = {"color": ON_BLACK, "transform": axes.transAxes, "va": "top"}
+    axes.text(0.02, 0.98, text, fontsize=6.5, **place)
+    axes.plot([left + 5, left + 55], [bottom - 5, bottom - 5], color=ON_BLACK, lw=1.2)
+    axes.text(left + 5, bottom - 8, "50 mm", color=ON_BLACK, fontsize=5.5, va="bottom")
 
 
 def _draw_colour_bar(axes: Axes, panel: Panel) -> None:

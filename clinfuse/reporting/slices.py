@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from clinfuse.reporting.figures import INK, QUIET
+from clinfuse.reporting.figures import INK, QUIET, draw_scale, draw_tile
 from clinfuse.reporting.views import (
     CANVAS_MARGIN_MM,
     COLOUR_MAPS,
@@ -30,8 +29,6 @@ BORDER_COLOURS = {
     "findings": "#ff6fb5",
 }
 """Of what is outlined, by its name; any other name is white."""
-
-_ON_BLACK = "#d8dcdf"
 
 
 def slices_figure(
@@ -84,10 +81,10 @@ def slices_figure(
     for plane, line in zip(planes, grid, strict=True):
         index = at[plane.axis] - box[plane.axis].start
         for panel, axes in zip(panels, line, strict=True):
-            _draw_slice(axes, panel, plane, index, view.spacing_mm, widest_mm)
+            draw_tile(axes, panel, plane, index, view.spacing_mm, widest_mm)
             if panel.colours == "grey":
                 _draw_borders(axes, masks, plane, index, view.spacing_mm)
-        _draw_scale(line[0], f"{plane.name} {at[plane.axis] + 1}")
+        draw_scale(line[0], f"{plane.name} {at[plane.axis] + 1}")
     for panel, top, bottom in zip(panels, grid[0], grid[-1], strict=True):
         top.set_title(panel.name, fontsize=9, pad=4, color=INK)
         _draw_bar(bottom, panel, bottom_in=rows_mm[-1] / widest_mm * width_in)
@@ -107,39 +104,6 @@ def slices_through(mask: Bool[np.ndarray, "d h w"]) -> tuple[int, int, int]:
     return d, h, w
 
 
-def _draw_slice(
-    axes: Axes,
-    panel: Panel,
-    plane: Plane,
-    index: int,
-    spacing_mm: Sequence[float],
-    widest_mm: float,
-) -> None:
-    picture = plane.picture(panel.volume, index)
-    rows_mm, columns_mm = np.multiply(picture.shape, plane.pixel_mm(spacing_mm))
-    axes.imshow(
-        picture,
-        cmap=COLOUR_MAPS[panel.colours],
-        vmin=panel.low,
-        vmax=panel.high,
-        extent=(0, columns_mm, rows_mm, 0),
-        interpolation="bicubic",
-        interpolation_stage="data",
-    )
-    aside = (widest_mm - columns_mm) / 2
-    axes.set(xlim=(-aside, columns_mm + aside), xticks=[], yticks=[], facecolor="black")
-    axes.set(ylim=(rows_mm + CANVAS_MARGIN_MM, -CANVAS_MARGIN_MM))
-    axes.spines[:].set_visible(False)
-    for letter, x, y, across, along in (
-        (plane.left, 0.02, 0.5, "left", "center"),
-        (plane.right, 0.98, 0.5, "right", "center"),
-        (plane.top, 0.5, 0.985, "center", "top"),
-        (plane.bottom, 0.5, 0.015, "center", "bottom"),
-    ):
-        place: dict[str, Any] = {"ha": across, "va": along, "transform": axes.transAxes}
-        axes.text(x, y, letter, fontsize=7, color=_ON_BLACK, **place)
-
-
 def _draw_borders(
     axes: Axes,
     masks: Mapping[str, Bool[np.ndarray, "d h w"]],
@@ -150,13 +114,6 @@ def _draw_borders(
     for name, mask in masks.items():
         for border in outlines(plane.picture(mask, index), plane.pixel_mm(spacing_mm)):
             axes.plot(*border.T, color=_colour(name), lw=0.9)
-
-
-def _draw_scale(axes: Axes, text: str) -> None:
-    left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
-    axes.text(0.02, 0.985, text, fontsize=7, color=_ON_BLACK, transform=axes.transAxes, va="top")
-    axes.plot([left + 5, left + 55], [bottom - 5, bottom - 5], color=_ON_BLACK, lw=1.2)
-    axes.text(left + 5, bottom - 8, "50 mm", color=_ON_BLACK, fontsize=6, va="bottom")
 
 
 def _draw_bar(axes: Axes, panel: Panel, bottom_in: float) -> None:
