@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from jaxtyping import Float, Int16
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import MRImageStorage, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
 from clinfuse import __version__
@@ -19,6 +19,7 @@ from clinfuse.preparation.affines import affine_of
 from clinfuse.preparation.dicom.headers import list_series, read_header, series_of_file
 from clinfuse.preparation.dicom.series import Series, choose_series
 from clinfuse.preparation.dicom.stack import Frame
+from clinfuse.preparation.dicom.writing import slice_of
 from clinfuse.preparation.identifiers import hashed
 
 WARNING = "RESEARCH USE ONLY"
@@ -172,27 +173,13 @@ def _slice(
     k: int,
     sources: Sequence[Frame],
 ) -> Dataset:
-    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-    axes = affine[:3, :3] / spacing_mm
+    one = slice_of(common, affine, plane, k)
+    one.SpacingBetweenSlices = one.SliceThickness
+    i, j = affine[:3, 0], affine[:3, 1]
+    normal = np.cross(i, j) / (np.linalg.norm(i) * np.linalg.norm(j))
     position = affine[:3, 3] + k * affine[:3, 2]
-    one = Dataset()
-    one.update(common)
-    one.SOPInstanceUID = generate_uid()
-    one.file_meta = FileMetaDataset()
-    one.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID
-    one.file_meta.MediaStorageSOPInstanceUID = one.SOPInstanceUID
-    one.InstanceNumber = k + 1
-    one.ImagePositionPatient = _decimals(position)
-    one.ImageOrientationPatient = _decimals(axes[:, :2].T.ravel())
-    one.PixelSpacing = _decimals(spacing_mm[[1, 0]])
-    one.SpacingBetweenSlices = one.SliceThickness = _decimals(spacing_mm)[2]
-    normal = np.cross(axes[:, 0], axes[:, 1])
     one.SliceLocation = format_number_as_ds(float(position @ normal))
     one.SourceImageSequence = list(_references(affine, plane.shape, k, sources))
-    one.Rows, one.Columns = plane.shape
-    one.PixelData = plane.tobytes()
-    one["PixelData"].VR = "OW"
     return one
 
 
@@ -214,11 +201,6 @@ def _references(
         item.ReferencedFrameNumber = nearest.index + 1
     item.PurposeOfReferenceCodeSequence = [purpose]
     yield item
-
-
-def _decimals(values: Float[np.ndarray, " n"]) -> list[str]:
-    """Decimal strings of at most 16 characters, to the last digit that these hold."""
-    return [format_number_as_ds(float(value)) for value in values]
 
 
 def _text(header: Dataset, name: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from jaxtyping import Float, Integer
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from pydicom.valuerep import format_number_as_ds
@@ -45,29 +46,45 @@ def write_scan(
         )
     folder.mkdir(parents=True, exist_ok=True)
     common = _common(modality, patient, description, study_uid or generate_uid())
-    affine = affine_of(image)
+    affine, files = affine_of(image), []
+    for k, plane in enumerate(stored.astype(np.uint16)):
+        files.append(folder / f"{modality}_{k + 1:04d}.dcm")
+        slice_of(common, affine, plane, k).save_as(files[-1], enforce_file_format=True)
+    return files
+
+
+def slice_of(
+    common: Dataset,
+    affine: Float[np.ndarray, "4 4"],
+    plane: Integer[np.ndarray, "j i"],
+    k: int,
+) -> Dataset:
+    """One slice of a series with an instance of its own: where it lies and what it shows.
+
+    Args:
+        common: what all slices of the series say.
+        affine: from voxel numbers (i, j, k) to patient coordinates in mm, as DICOM has them.
+        plane: stored values, of 16 bits.
+        k: number of the slice, from 0.
+    """
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     axes = affine[:3, :3] / spacing_mm
-    common.PixelSpacing = _decimals(spacing_mm[[1, 0]])
-    common.SliceThickness = _decimals(spacing_mm)[2]
-    common.ImageOrientationPatient = _decimals(axes[:, :2].T.ravel())
-    files = []
-    for k, plane in enumerate(stored.astype(np.uint16)):
-        one = Dataset()
-        one.update(common)
-        one.SOPInstanceUID = generate_uid()
-        one.file_meta = FileMetaDataset()
-        one.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID
-        one.file_meta.MediaStorageSOPInstanceUID = one.SOPInstanceUID
-        one.InstanceNumber = k + 1
-        one.ImagePositionPatient = _decimals(affine[:3, 3] + k * affine[:3, 2])
-        one.Rows, one.Columns = plane.shape
-        one.PixelData = plane.tobytes()
-        one["PixelData"].VR = "OW"
-        files.append(folder / f"{modality}_{k + 1:04d}.dcm")
-        one.save_as(files[-1], enforce_file_format=True)
-    return files
+    one = Dataset()
+    one.update(common)
+    one.SOPInstanceUID = generate_uid()
+    one.file_meta = FileMetaDataset()
+    one.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID
+    one.file_meta.MediaStorageSOPInstanceUID = one.SOPInstanceUID
+    one.InstanceNumber = k + 1
+    one.ImagePositionPatient = decimals(affine[:3, 3] + k * affine[:3, 2])
+    one.ImageOrientationPatient = decimals(axes[:, :2].T.ravel())
+    one.PixelSpacing = decimals(spacing_mm[[1, 0]])
+    one.SliceThickness = decimals(spacing_mm)[2]
+    one.Rows, one.Columns = plane.shape
+    one.PixelData = plane.tobytes()
+    one["PixelData"].VR = "OW"
+    return one
 
 
 def _common(modality: Modality, patient: str, description: str, study_uid: str) -> Dataset:
@@ -92,5 +109,6 @@ def _common(modality: Modality, patient: str, description: str, study_uid: str) 
     return common
 
 
-def _decimals(values: np.ndarray) -> list[str]:
+def decimals(values: Float[np.ndarray, " n"]) -> list[str]:
+    """Decimal strings of at most 16 characters, to the last digit that these hold."""
     return [format_number_as_ds(float(value)) for value in values]
