@@ -31,7 +31,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from clinfuse.callbacks.model_draws import read_draws
@@ -213,6 +213,13 @@ def build_method(cfg: DictConfig) -> Any:
         return instantiate(method_cfg, _convert_="all")
     head = lesion_head_of(cfg.lesion_head)
     return instantiate(method_cfg, lesion_head=head, _convert_="all")
+
+
+def runs_named(cfg: DictConfig) -> list[str]:
+    """The folders of ``run=FOLDER`` or ``run=[FOLDERS]``; none where it is null."""
+    if cfg.run is None:
+        return []
+    return list(map(str, cfg.run)) if isinstance(cfg.run, ListConfig) else [str(cfg.run)]
 
 
 def rule(name: str) -> Any:

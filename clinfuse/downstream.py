@@ -15,7 +15,7 @@ import lightning
 import torch
 from hydra.utils import instantiate
 from jaxtyping import Bool
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from clinfuse.configuration import (
@@ -30,6 +30,7 @@ from clinfuse.configuration import (
     rule,
     run_config,
     run_facts,
+    runs_named,
     trained_method,
 )
 from clinfuse.data.made_once import MadeOnce
@@ -119,8 +120,7 @@ def _study(batch: FusionBatch) -> Study:
 def main(cfg: DictConfig) -> None:
     """Segment every image that has not been; leave cases.csv and table.md over all of them."""
     quiet_libraries()
-    asked = [] if cfg.run is None else [cfg.run]
-    runs = list(map(str, cfg.run if isinstance(cfg.run, ListConfig) else asked))
+    runs = runs_named(cfg)
     out = Path(str(cfg.out))
     chosen, data = data_of(cfg, runs)
     trainer = trainer_of(cfg)

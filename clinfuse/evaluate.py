@@ -28,6 +28,7 @@ from clinfuse.configuration import (
     rule,
     run_config,
     run_facts,
+    runs_named,
     trained_method,
     with_other_guidance,
 )
@@ -54,8 +55,7 @@ register_resolvers()
 def main(cfg: DictConfig) -> None:
     """Test every method named on the same cases; leave cases.csv, figures and report.html."""
     quiet_libraries()
-    asked = [] if cfg.run is None else [cfg.run]
-    runs = list(map(str, cfg.run if isinstance(cfg.run, ListConfig) else asked))
+    runs = runs_named(cfg)
     head = None if cfg.lesion_head is None else lesion_head_of(cfg.lesion_head)
     methods = list(methods_of(cfg, runs, head))
     if not methods:
