@@ -4,7 +4,6 @@ A sweep that is started again asks here which of its runs are done. Runs that di
 sample and in what they are tested on alone share one training.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from clinfuse.configuration import CHECKPOINT, checkpoint_content, fingerprint
+from clinfuse.data.made_once import one_at_a_time
 from clinfuse.reporting.atomic import write_atomically
 
 STATE = "run.json"
@@ -162,10 +162,8 @@ def shared_training(trainings: Path, key: str, folder: Path) -> Iterator[Path | 
         key: ``training_key``.
         folder: of the run that asks.
     """
-    trainings.mkdir(parents=True, exist_ok=True)
     record = trainings / f"{key}.json"
-    with (trainings / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(trainings / f"{key}.lock"):
         trained = Path(json.loads(record.read_text())["folder"]) if record.is_file() else None
         is_there = trained is not None and (trained / CHECKPOINT).is_file()
         if is_there and trained != folder.resolve():

@@ -1,10 +1,12 @@
 """What is slow to make of a study, kept on disk: whoever asks for it again reads it."""
 
+import fcntl
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,15 @@ class MadeOnce:
             _write(path, self.make(batch).detach().float().cpu().numpy())
             log.info("%s in %.1f s: %s", batch.case_id, time.monotonic() - begun, path)
         return torch.from_numpy(np.load(path)).to(batch.mri.device)
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in a block with the same lock file; a killed one is not."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def fingerprint_of(batch: FusionBatch) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from clinfuse.data.made_once import one_at_a_time
 from clinfuse.data.phantoms import Phantom, make_phantom
 
 Bytes = NDArray[np.uint8]
@@ -58,7 +59,21 @@ def write_slices(
         raise ValueError(f"expected 1 to 99 patients, got {patients}")
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder.parent / f".{folder.name}.lock"):
+        if not folder.is_dir():
+            _write_set(folder, kind, patients, slices, seed, shape, field_mm)
+    return folder
+
+
+def _write_set(
+    folder: Path,
+    kind: str,
+    patients: int,
+    slices: int,
+    seed: int,
+    shape: Sequence[int],
+    field_mm: float,
+) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name in ("MRI", FOLDERS[kind]):
@@ -81,7 +96,6 @@ def write_slices(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return folder
 
 
 def mri_bytes(phantom: Phantom) -> Bytes:

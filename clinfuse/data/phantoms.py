@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from clinfuse.data.made_once import one_at_a_time
 from clinfuse.data.phantom_anatomy import (
     BONE,
     INTRACRANIAL,
@@ -184,7 +185,7 @@ def write_cohort(
 
     Case i has the contrast ``contrasts[i % len(contrasts)]``. A cohort that is already there with
     the same parameters is left alone, an interrupted one is continued: every case appears whole,
-    by a rename.
+    by a rename. Processes that want the same cohort at once wait for the one that makes it.
 
     Raises:
         ValueError: if the folder holds a cohort of other parameters.
@@ -199,17 +200,30 @@ def write_cohort(
         "spacing_mm": list(map(float, spacing_mm)),
         "contrasts": list(contrasts),
     }
-    _claim(folder, record)
-    missing = [i for i in range(cases) if not (folder / case_name(i)).is_dir()]
-    work = partial(_write_case, folder, seed, tuple(shape), tuple(spacing_mm), tuple(contrasts))
+    if (folder / "splits.json").exists() and not _missing(folder, cases):
+        _claim(folder, record)
+        return folder
+    with one_at_a_time(folder.parent / f".{folder.name}.lock"):
+        _claim(folder, record)
+        _write_missing(folder, record, workers)
+    return folder
+
+
+def _missing(folder: Path, cases: int) -> list[int]:
+    return [i for i in range(cases) if not (folder / case_name(i)).is_dir()]
+
+
+def _write_missing(folder: Path, record: dict[str, Any], workers: int) -> None:
+    missing = _missing(folder, record["cases"])
+    of_all = (record["seed"], *(tuple(record[k]) for k in ("shape", "spacing_mm", "contrasts")))
+    work = partial(_write_case, folder, *of_all)
     if workers > 1 and len(missing) > 1:
         with ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn")) as pool:
             list(pool.map(work, missing))
     else:
         list(map(work, missing))
     if not (folder / "splits.json").exists():
-        _write_json(folder / "splits.json", cohort_splits(cases))
-    return folder
+        _write_json(folder / "splits.json", cohort_splits(record["cases"]))
 
 
 def _claim(folder: Path, record: dict[str, Any]) -> None:

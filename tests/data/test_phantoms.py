@@ -1,8 +1,10 @@
 """Phantom patients: deterministic, physically ordered, and like the stroke cohort they imitate."""
 
 import json
-from functools import cache
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from itertools import chain
+from multiprocessing import get_context
 
 import nibabel as nib
 import numpy as np
@@ -372,6 +374,15 @@ def test_a_complete_cohort_is_left_alone_and_an_interrupted_one_continued(tmp_pa
     (tmp_path / "lost.nii.gz").write_bytes(lost)
     np.testing.assert_array_equal(again, nib.load(tmp_path / "lost.nii.gz").get_fdata())
     assert not [f for f in folder.iterdir() if f.name.startswith(".")]
+
+
+def test_a_cohort_that_several_processes_want_at_once_is_made_once(tmp_path):
+    want = partial(write_cohort, tmp_path / "cohort", 4, **SMALL)
+    with ProcessPoolExecutor(3, get_context("spawn")) as pool:
+        folders = [job.result() for job in [pool.submit(want) for _ in range(3)]]
+    assert folders == 3 * [tmp_path / "cohort"]
+    cases = {f"case_{i:03d}" for i in range(4)}
+    assert {path.name for path in folders[0].iterdir()} == cases | {"cohort.json", "splits.json"}
 
 
 def test_a_cohort_of_other_parameters_is_refused_with_both(tmp_path):
