@@ -22,6 +22,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 import yaml  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
@@ -215,6 +216,25 @@ def build_method(cfg: DictConfig) -> Any:
     return instantiate(method_cfg, lesion_head=head, _convert_="all")
 
 
+def memory_budget(asked: Any, device: torch.device | None = None) -> float | None:
+    """What ``memory_gb`` allows for a network's features, in 10^9 bytes; None for any amount.
+
+    ``auto`` is half of what is free now on the device: the other half is for the volumes.
+
+    Raises:
+        ValueError: neither auto, null nor a number above 0.
+    """
+    if asked is None:
+        return None
+    if asked == "auto":
+        if device is not None and device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0] / 2e9
+        return psutil.virtual_memory().available / 2e9
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
+        raise ValueError(f"expected memory_gb=auto, null or a number above 0, got {asked!r}")
+    return float(asked)
+
+
 def runs_named(cfg: DictConfig) -> list[str]:
     """The folders of ``run=FOLDER`` or ``run=[FOLDERS]``; none where it is null."""
     if cfg.run is None:
@@ -345,12 +365,17 @@ def with_other_guidance(saved: DictConfig, cfg: DictConfig) -> DictConfig:
     """A run's configuration with the guidance, and the preset, that this command line asks for.
 
     Raises:
-        ValueError: a setting that guidance does not have.
+        ValueError: a setting that guidance does not have, or a student, whose guidance is learned.
     """
     asked = {str(name): value for name, value in cfg.guidance.items() if value is not None}
     unknown = sorted(set(asked) - {str(name) for name in saved.guidance})
     if unknown:
         raise ValueError(f"expected guidance settings of {sorted(saved.guidance)}, got {unknown}")
+    if "teacher" in saved.method and (asked or (cfg.preset and cfg.preset != saved.preset)):
+        raise ValueError(
+            "expected a run that is guided as it samples, got a student that has learned its "
+            f"teacher's guidance: ask its teacher {saved.get('teacher')}, or train another student"
+        )
     merged = OmegaConf.merge(saved, {"guidance": asked})
     assert isinstance(merged, DictConfig)
     if cfg.preset:

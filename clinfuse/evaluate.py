@@ -23,6 +23,7 @@ from clinfuse.configuration import (
     in_one_sentence,
     is_sampled_as_trained,
     lesion_head_of,
+    memory_budget,
     quiet_libraries,
     register_resolvers,
     rule,
@@ -34,6 +35,7 @@ from clinfuse.configuration import (
 )
 from clinfuse.data.splits import read_splits
 from clinfuse.metrics.calibration import Calibration
+from clinfuse.networks.windows import limit_memory
 from clinfuse.reporting.atomic import write_atomically
 from clinfuse.reporting.card import write_run_card
 from clinfuse.reporting.collection import Scored, merged
@@ -119,7 +121,8 @@ def methods_of(
     for folder in runs:
         saved = with_other_guidance(run_config(folder), cfg)
         method, calibration = trained_method(folder, saved), None
-        lent = head is not None and getattr(method, "lesion_head", head) is None
+        limit_memory(method, memory_budget(cfg.memory_gb))
+        lent = head is not None and vars(method).get("lesion_head", head) is None
         if lent:
             method.lesion_head = head
         if is_sampled_as_trained(saved, folder) and not lent:

@@ -27,6 +27,7 @@ from clinfuse.configuration import (
     CONFIG_PATH,
     in_one_sentence,
     is_sampled_as_trained,
+    memory_budget,
     quiet_libraries,
     register_resolvers,
     run_config,
@@ -38,6 +39,7 @@ from clinfuse.data.paired_volumes import study_item
 from clinfuse.data.studies import STUDY_FILES, Study, load_pair, load_study
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.objective import lesion_probability
+from clinfuse.networks.windows import limit_memory, windows_used
 from clinfuse.preparation.derived_series import write_derived_series
 from clinfuse.preparation.identifiers import hashed, is_hashed
 from clinfuse.preparation.reading import read_scan
@@ -135,6 +137,8 @@ def fuse(cfg: DictConfig) -> None:
         write_volumes(folder, study, fusion.volumes)
         write_dicom(folder, cfg, fusion.preset)
         print(f"fused: {folder / 'fused.nii.gz'}")
+    for windows in {fusion.facts["windows"] for fusion in fusions if "windows" in fusion.facts}:
+        print(f"evaluated in windows: {windows}")
     for sentence in dict.fromkeys(sentence for fusion in fusions for sentence in fusion.missing):
         print(sentence)
     print(f"report: {report_of(fusions, study, cfg)}")
@@ -247,6 +251,7 @@ def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
     item.reference = None  # what these scans should fuse to is not known
     item.case_id = ["patient"]  # so that what they are called does not draw other noise
     draws = sampled(method, item, cfg)
+    windows = windows_used(method)
     item.case_id = [study.case_id]
     method.cpu()
     summary = summary_of(draws)
@@ -287,6 +292,8 @@ def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
         for what, part in (("model", "epistemic"), ("draw a model", "aleatoric"))
         if part not in present
     ]
+    if windows:
+        facts["windows"] = windows
     if missing:
         facts["left out"] = "; ".join(missing)
     return Fusion(saved.preset, weights, present, view, facts, missing)
@@ -302,6 +309,7 @@ def sampled(method: FusionMethod, item: FusionBatch, cfg: DictConfig) -> Tensor:
         _convert_="all",
     )
     device = trainer.strategy.root_device
+    limit_memory(method, memory_budget(cfg.memory_gb, device))
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return method.to(device).model_draws(item.to(device)).cpu()
 

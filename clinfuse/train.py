@@ -40,6 +40,7 @@ from clinfuse.runs import (
     shared_training,
     training_key,
 )
+from clinfuse.teaching import check_patients, is_student, learn_from, taught
 
 log = logging.getLogger(__name__)
 register_resolvers()
@@ -56,6 +57,8 @@ def main(cfg: DictConfig) -> float | None:
         cfg = resumed(cfg)
         state = State(run_key(cfg), config=OmegaConf.to_yaml(cfg))
     else:
+        if cfg.teacher is not None or is_student(cfg):
+            cfg = taught(cfg)
         for name in ("name", "method_name", "label"):
             cfg[name] = str(cfg[name])  # known to Hydra alone
         if cfg.lesion_head is not None:
@@ -72,6 +75,10 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.test:
         data.setup("test")  # what cannot be tested is said now, not after the training
     method = build_method(cfg)
+    if cfg.get("teacher") is not None:
+        check_patients(cfg.teacher, data)
+        if own_checkpoint(folder) is None:
+            learn_from(cfg.teacher, method, folder)
     if cfg.lesion_head is None and "lesion_head" in cfg.method:
         log.info(
             "no lesion head (lesion_head=FOLDER names one): gamma is off, lesion rows are left out"

@@ -119,6 +119,28 @@ def posterior(
     return toward_x_0 * x_0 + toward_x_t * x_t, variance
 
 
+def x0_between(
+    x_t: Float[Tensor, "b c *dhw"],
+    x_after: Float[Tensor, "b c *dhw"],
+    alpha_bar_t: Float[Tensor, " b"],
+    alpha_bar_after: Float[Tensor, " b"],
+) -> Float[Tensor, "b c *dhw"]:
+    """The x_0 by which one DDIM step from x_t arrives at x_after.
+
+    What a student of fewer steps is to predict (Salimans and Ho 2022, appendix G).
+
+    Args:
+        x_t: where the step begins.
+        x_after: where it ends, less noisy.
+        alpha_bar_t: signal power kept in x_t, in [0, 1).
+        alpha_bar_after: in x_after, in (alpha_bar_t, 1].
+    """
+    signal, noise = _roots(alpha_bar_t, x_t)
+    signal_after, noise_after = _roots(alpha_bar_after, x_t)
+    ratio = noise_after / noise
+    return (x_after - ratio * x_t) / (signal_after - ratio * signal)
+
+
 def noise_like(
     x: Float[Tensor, "b c *dhw"], generator: torch.Generator | None = None
 ) -> Float[Tensor, "b c *dhw"]:

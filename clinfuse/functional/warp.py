@@ -120,9 +120,14 @@ def _refined(volume: Tensor, factor: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _spline_matrix(size: int, factor: int) -> np.ndarray:
-    """Row i holds the weights of the voxels in sample i of the spline (de Boor 1978)."""
+    """Row i holds the weights of the voxels in sample i of the spline (de Boor 1978).
+
+    They fall by 3.7 with every voxel of distance. Those below 1e-12 are 0: as single precision they
+    would soon be subnormal, and a product of matrices with such numbers takes forty times as long.
+    """
     spline = make_interp_spline(np.arange(size), np.eye(size), k=3 if size > 3 else 1)
-    return spline(np.linspace(0, size - 1, (size - 1) * factor + 1))
+    matrix = spline(np.linspace(0, size - 1, (size - 1) * factor + 1))
+    return np.where(np.abs(matrix) < 1e-12, 0.0, matrix)
 
 
 def _spacing_rows(spacing_mm: SpacingMm, n: int, like: Tensor) -> Tensor:

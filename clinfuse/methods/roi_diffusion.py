@@ -204,6 +204,7 @@ class RoiDiffusion(FusionMethod):
             )
         self.anchor, self.loss, self.guidance_loss = anchor, loss, guidance_loss
         self.reference_loss = reference_loss
+        self.network_like = network
         self.network = network(state_channels=1, known_channels=2, out_channels=1)
         self.register_buffer("alpha_bars", alpha_bars, persistent=False)
         self.levels, self.sampler, self.steps, self.members = levels, sampler, steps, members
@@ -259,25 +260,40 @@ class RoiDiffusion(FusionMethod):
 
     def sample(self, batch: FusionBatch, anchor: Anchor) -> Float[Tensor, "k b 1 *dhw"]:
         """``ensemble`` from an anchor that is there already."""
-        k = self.members
+        noise = member_noise(batch, anchor, self.members, self.seed)
+        r_0 = self.walk(batch, anchor, noise, self.steps)
+        return members_of(anchor, r_0, self.members)
+
+    def walk(
+        self,
+        batch: FusionBatch,
+        anchor: Anchor,
+        x_T: Float[Tensor, "bk 1 *dhw"],
+        steps: int,
+        visit: Callable[[Tensor], None] | None = None,
+    ) -> Float[Tensor, "bk 1 *dhw"]:
+        """r_0 of every member at the end of a guided walk from its noise.
+
+        Args:
+            batch: for the guidance.
+            anchor: of the batch.
+            x_T: noise, the members of a case side by side.
+            steps: levels visited.
+            visit: called with x_t at each of them.
+        """
         with torch.no_grad():
-            condition = self._encode(anchor).repeat(k)
-        anchors = anchor.repeat(k)
-        noise = [
-            ensemble_noise(mean.expand(k, *mean.shape[1:]), k, case_generator(case, self.seed))
-            for mean, case in zip(anchor.mean.split(1), batch.case_id, strict=True)
-        ]
+            denoise = self._denoiser(self._encode(anchor))
         guide = self._guide(batch, anchor)
-        r_0 = self.sampler(
-            self._denoiser(condition),
-            torch.cat(noise),
-            self.levels(self.alpha_bars, self.steps),
-            guide=guide,
-        )
+
+        def visited(x_t: Tensor, alpha_bar_t: Tensor) -> Tensor:
+            if visit is not None:
+                visit(x_t.detach())
+            return denoise(x_t, alpha_bar_t)
+
+        r_0: Tensor = self.sampler(visited, x_T, self.levels(self.alpha_bars, steps), guide=guide)
         if guide is not None:
             guide.warn_of_refused()
-        fused = anchors.mean + anchors.scale * r_0
-        return rearrange(fused, "(b k) ... -> k b ...", k=k)
+        return r_0
 
     def _encode(self, anchor: Anchor) -> Condition:
         known = torch.cat([anchor.mean, anchor.scale.log()], 1)
@@ -476,6 +492,25 @@ def guiding_sources(
         ct, roi = torch.where(is_given, batch.ct, ct), torch.where(is_given, batch.roi, roi)
     brain, bone, lesion = roi.split(1, 1)
     return mri, ct, torch.cat([brain, bone & ~brain, lesion], 1)
+
+
+def member_noise(
+    batch: FusionBatch, anchor: Anchor, members: int, seed: int
+) -> Float[Tensor, "bk 1 *dhw"]:
+    """x_T of every member, moment-matched: what a case draws depends on it and the seed alone."""
+    noise = [
+        ensemble_noise(mean.expand(members, *mean.shape[1:]), members, case_generator(case, seed))
+        for mean, case in zip(anchor.mean.split(1), batch.case_id, strict=True)
+    ]
+    return torch.cat(noise)
+
+
+def members_of(
+    anchor: Anchor, r_0: Float[Tensor, "bk 1 *dhw"], members: int
+) -> Float[Tensor, "k b 1 *dhw"]:
+    """F = mu + s r_0 of every member."""
+    by_member = rearrange(r_0, "(b k) ... -> k b ...", k=members)
+    return anchor.mean + anchor.scale * by_member
 
 
 def repeated(volume: Tensor, times: int) -> Tensor:

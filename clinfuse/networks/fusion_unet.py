@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clinfuse.functional.haar import haar_dwt, haar_idwt
-from clinfuse.networks.precision import with_safe_convolutions
+from clinfuse.networks.precision import convolved, with_safe_convolutions
+from clinfuse.networks.windows import Windowed, Windows, blended, part_of, with_local_norms
+
+BYTES_PER_FEATURE = 40.0
+"""That an evaluation takes at its most for each voxel of the network's grid, for each feature of
+the finest level: ten single precision volumes of features, as experiments/performance measures."""
+
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 DETAIL_GAIN = 4.0
 """What detail coefficients of known volumes are multiplied by, to stand level with the rest."""
@@ -22,29 +29,47 @@ class Condition:
     """What is known of a study before any sampling step: encoded once, used at each.
 
     Attributes:
-        features: raw sources, masks and encoder features in the network's own space, padded.
+        stem: what the U-Net's first convolution makes of it, in the network's own space, padded.
         past: what goes past the U-Net into its output.
         context: tokens for cross-attention, or None.
         shape: spatial shape of the study before padding.
     """
 
-    features: Float[Tensor, "b c *dhw"]
+    stem: Float[Tensor, "b c *dhw"]
     past: Float[Tensor, "b o *dhw"]
     context: Float[Tensor, "b tokens k"] | None
     shape: tuple[int, ...]
 
-    def repeat(self, times: int) -> "Condition":
-        """Every case ``times`` times in place (a a b b), to sample ensemble members together."""
-        context = self.context
-        return Condition(
-            self.features.repeat_interleave(times, 0),
-            self.past.repeat_interleave(times, 0),
-            None if context is None else context.repeat_interleave(times, 0),
-            self.shape,
+
+class Stem(nn.Module):
+    """The U-Net's first convolution, taken apart: what is known once a study, the state each step.
+
+    MONAI's U-Net is handed their sum, and so this lets through what it is called with.
+
+    Args:
+        convolution: over the state's channels and then what is known.
+        state_channels: how many are the state's.
+    """
+
+    def __init__(self, convolution: nn.Conv2d | nn.Conv3d, state_channels: int) -> None:
+        super().__init__()
+        self.conv, self.state_channels = convolution, state_channels
+
+    def of_known(self, features: Float[Tensor, "b k *dhw"]) -> Float[Tensor, "b c *dhw"]:
+        """The convolution of what is known, with the bias."""
+        return convolved(
+            self.conv, features, self.conv.weight[:, self.state_channels :], self.conv.bias
         )
 
+    def of_state(self, state: Float[Tensor, "b s *dhw"]) -> Float[Tensor, "b c *dhw"]:
+        """The convolution of the state."""
+        return convolved(self.conv, state, self.conv.weight[:, : self.state_channels], None)
 
-class FusionUNet(nn.Module):
+    def forward(self, x: Float[Tensor, "b c *dhw"]) -> Float[Tensor, "b c *dhw"]:
+        return x
+
+
+class FusionUNet(Windowed):
     """U-Net over ``state`` volumes, conditioned on MRI, CT and masks: c = {phi(I_M), phi(I_C), M}.
 
     MONAI's ``DiffusionModelUNet`` (Rombach et al. 2022) on the state concatenated with the raw
@@ -58,6 +83,10 @@ class FusionUNet(nn.Module):
 
     Both last convolutions start at zero, so an untrained network returns zeros.
 
+    A volume that would take more than ``memory_gb`` (an attribute, None as built) is evaluated in
+    windows, whose answers are blended before anything is made of them: with the same noise they
+    have no seams. Where the network is not ``local``, each window's statistics are its own.
+
     Args:
         spatial_dims: 2 or 3.
         state_channels: volumes that change from step to step (x_t), of unit noise; may be 0.
@@ -68,6 +97,9 @@ class FusionUNet(nn.Module):
         attention_levels: where to attend; all False by default.
         cross_attention: attend at the coarsest level to tokens of the encoders' features.
         haar: work on Haar coefficients.
+        local: let nothing see the whole volume: features are normalised voxel by voxel
+            (``VoxelNorm``), and the coarsest level has no attention. A window then says what the
+            whole would, as far as the convolutions reach.
     """
 
     def __init__(
@@ -84,8 +116,11 @@ class FusionUNet(nn.Module):
         norm_num_groups: int = 8,
         num_rois: int = 3,
         known_channels: int = 0,
+        local: bool = False,
     ) -> None:
         super().__init__()
+        if local and (cross_attention or any(attention_levels or ())):
+            raise ValueError("attention sees the whole volume: expected none with local=true")
         if cross_attention and not encoder_channels:
             raise ValueError("cross_attention attends to encoder features: encoder_channels is 0")
         if spatial_dims not in (2, 3):
@@ -123,7 +158,13 @@ class FusionUNet(nn.Module):
             with_conditioning=cross_attention,
             cross_attention_dim=2 * encoder_channels if cross_attention else None,
         )
-        self.unet = unet
+        stem = cast(nn.Conv2d | nn.Conv3d, cast(Any, unet.conv_in).conv)
+        cast(Any, unet).conv_in = Stem(stem, per_volume * state_channels)
+        if local:
+            cast(Any, unet.middle_block).attention = nn.Identity()
+            with_local_norms(unet)
+        self.unet, self.is_local = unet, local
+        self.bytes_per_voxel = BYTES_PER_FEATURE * channels[0]
         with_safe_convolutions(self)
 
     def encode(
@@ -133,47 +174,88 @@ class FusionUNet(nn.Module):
         roi: Float[Tensor, "b r *dhw"],
         known: Float[Tensor, "b k *dhw"] | None = None,
     ) -> Condition:
-        """Sources and masks (as floats in [0, 1]) in the network's space, encoders applied.
+        """Sources and masks (as floats in [0, 1]) as far as they can be known before any step.
 
         ``known`` are the ``known_channels`` further volumes, None where that is 0.
         """
+        volumes = [mri, ct, roi, *([] if known is None else [known])]
+        padded = [pad_to_multiple(volume, self.multiple) for volume in volumes]
+        step = 2 if self.haar else 1
+        channels: list[int] = []
+
+        def evaluate(window: tuple[slice, ...]) -> Tensor:
+            place = tuple(slice(step * part.start, step * part.stop) for part in window)
+            features = self.features(*(part_of(volume, place) for volume in padded))
+            parts = [cast(Stem, self.unet.conv_in).of_known(features), self.past(features)]
+            channels[:] = [part.shape[1] for part in parts]
+            return torch.cat(parts, 1)
+
+        grid = [size // step for size in padded[0].shape[2:]]
+        stem, past = blended(evaluate, grid, self._windows(grid, len(mri))).split(channels, 1)
+        return Condition(stem, past, self._context(mri, ct), tuple(mri.shape[2:]))
+
+    def _context(self, mri: Tensor, ct: Tensor) -> Tensor | None:
+        if not self.cross_attention or self.encode_mri is None or self.encode_ct is None:
+            return None
+        phi = [self.encode_mri(self._levelled(mri)), self.encode_ct(self._levelled(ct))]
+        return _pool(torch.cat(phi, 1), self.context_stride).flatten(2).transpose(1, 2)
+
+    def features(
+        self,
+        mri: Float[Tensor, "b 1 *dhw"],
+        ct: Float[Tensor, "b 1 *dhw"],
+        roi: Float[Tensor, "b r *dhw"],
+        known: Float[Tensor, "b k *dhw"] | None = None,
+    ) -> Float[Tensor, "b c *half"]:
+        """All that is known, in the network's own space, padded; arguments as of ``encode``."""
         mri_coefficients, ct_coefficients = self._levelled(mri), self._levelled(ct)
         parts = [mri_coefficients, ct_coefficients, self._levelled(roi)]
         if known is not None:
             parts.append(self._levelled(known))
-        context = None
         if self.encode_mri is not None and self.encode_ct is not None:
-            phi = [self.encode_mri(mri_coefficients), self.encode_ct(ct_coefficients)]
-            parts += phi
-            if self.cross_attention:
-                tokens = _pool(torch.cat(phi, 1), self.context_stride)
-                context = tokens.flatten(2).transpose(1, 2)
-        features = torch.cat(parts, 1)
-        return Condition(features, self.past(features), context, tuple(mri.shape[2:]))
+            parts += [self.encode_mri(mri_coefficients), self.encode_ct(ct_coefficients)]
+        return torch.cat(parts, 1)
 
     def forward(
         self,
-        state: Float[Tensor, "b s *dhw"] | None,
+        state: Float[Tensor, "bk s *dhw"] | None,
         condition: Condition,
-        alpha_bar_t: Float[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b o *dhw"]:
+        alpha_bar_t: Float[Tensor, " bk"] | None = None,
+    ) -> Float[Tensor, "bk o *dhw"]:
         """Network outputs on the study's own grid.
 
         Args:
-            state: ``state_channels`` volumes, None where that is 0.
+            state: ``state_channels`` volumes, None where that is 0; of every study as many times
+                as the batch is longer than the condition's, side by side (a a b b).
             condition: from ``encode``.
             alpha_bar_t: signal power kept; None stands for a clean state.
         """
-        x = condition.features
-        if state is not None:
-            x = torch.cat([self._analyse(state), x], 1)
+        stem, context = condition.stem, condition.context
+        coefficients = None if state is None else self._analyse(state)
+        size = len(stem) if state is None else len(state)
         if alpha_bar_t is None:
-            alpha_bar_t = x.new_ones(len(x))
-        out = self.unet(x, noise_angle(alpha_bar_t.float()), context=condition.context)
-        out = out + condition.past
+            alpha_bar_t = stem.new_ones(size)
+        angle = noise_angle(alpha_bar_t.float())
+        if context is not None and size > len(context):
+            context = context.repeat_interleave(size // len(context), 0)
+
+        def evaluate(window: tuple[slice, ...]) -> Tensor:
+            x = part_of(stem, window)
+            if coefficients is not None:
+                of_state = cast(Stem, self.unet.conv_in).of_state(part_of(coefficients, window))
+                x = _added(of_state, x)
+            if not torch.is_grad_enabled():  # a fifth faster in bfloat16 (experiments/performance)
+                x = x.to(memory_format=CHANNELS_LAST[self.spatial_dims])
+            return self.unet(x, angle, context=context)
+
+        grid = stem.shape[2:]
+        out = _added(blended(evaluate, grid, self._windows(grid, size)), condition.past)
         if self.haar:
             out = haar_idwt(out if self.state_channels else self._unlevelled(out))
         return crop(out, condition.shape)
+
+    def _windows(self, grid: Sequence[int], batch: int) -> Windows | None:
+        return self.windows(grid, self.context_stride, batch)
 
     def _analyse(self, volume: Tensor) -> Tensor:
         padded = pad_to_multiple(volume, self.multiple)
@@ -206,6 +288,13 @@ def noise_angle(alpha_bar_t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     under any other schedule (Salimans & Ho 2022, appendix D: alpha = cos(phi)).
     """
     return torch.arccos(alpha_bar_t.clamp(0, 1).sqrt()) * (2000 / torch.pi)
+
+
+def _added(of_each: Float[Tensor, "bk c *dhw"], of_study: Float[Tensor, "b c *dhw"]) -> Tensor:
+    """The sum, what belongs to a study added to all its neighbours in the batch."""
+    if len(of_each) == len(of_study):
+        return of_each + of_study
+    return (of_each.unflatten(0, (len(of_study), -1)) + of_study[:, None]).flatten(0, 1)
 
 
 def pad_to_multiple(volume: Tensor, multiple: int | Sequence[int]) -> Tensor:

@@ -14,20 +14,24 @@ class SmallSafeConv3d(nn.Conv3d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _leaves_bfloat16(self, input):
-            return super().forward(input)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(input.float())
+        return convolved(self, input, self.weight, self.bias)
 
 
 class SmallSafeConv2d(nn.Conv2d):
     """The same of slices: there a stride of two over one pixel gives such a gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _leaves_bfloat16(self, input):
-            return super().forward(input)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(input.float())
+        return convolved(self, input, self.weight, self.bias)
+
+
+def convolved(
+    convolution: nn.Conv2d | nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The input convolved as the convolution would, by a weight that may be a part of its own."""
+    if not _leaves_bfloat16(convolution, input):
+        return convolution._conv_forward(input, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return convolution._conv_forward(input.float(), weight, bias)
 
 
 def with_safe_convolutions(network: nn.Module) -> nn.Module:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from monai.networks.nets import BasicUNet
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from clinfuse.functional.gaussian import gaussian_smooth
@@ -15,6 +16,13 @@ from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.functional.warp import rigid_displacement, rigid_matrix, warp
 from clinfuse.networks.fusion_unet import crop, pad_to_multiple
 from clinfuse.networks.precision import with_safe_convolutions
+from clinfuse.networks.windows import Windowed, blended, part_of, with_local_norms
+
+LARGEST_SPLINE = 2**26
+"""Samples of a spline made at once: 256 MiB."""
+
+SPLINE_REACH = 12
+"""Voxels beyond which a cubic spline through others is the same to 1e-6."""
 
 
 @dataclass
@@ -33,7 +41,7 @@ class Registration:
     log_scale: Float[Tensor, "b 1 *dhw"]
 
 
-class SynthesisRegistration(nn.Module):
+class SynthesisRegistration(Windowed):
     """Estimates the rigid motion that takes a CT back onto its MRI, by way of a synthetic CT.
 
     A U-Net guesses the CT from the MRI and the brain mask, with an error scale at every voxel
@@ -55,6 +63,7 @@ class SynthesisRegistration(nn.Module):
         max_mm: a motion of the brain farther than this (root mean square) is not believed, and the
             CT left where it lies: residual misregistration is millimetres, and a guess after too
             little training can lead anywhere.
+        local: as of ``FusionUNet``.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class SynthesisRegistration(nn.Module):
         iterations: Sequence[int] = (3, 3, 3, 4),
         prior_mm: float = 4.0,
         max_mm: float = 12.0,
+        local: bool = False,
     ) -> None:
         super().__init__()
         self.smoothing_mm, self.iterations = tuple(smoothing_mm), tuple(iterations)
@@ -81,7 +91,10 @@ class SynthesisRegistration(nn.Module):
         )
         with torch.no_grad():  # air everywhere: the approximation band of a volume of -1
             network.final_conv.bias.zero_()[0] = -(bands**0.5)
+        if local:
+            with_local_norms(network)
         self.network = with_safe_convolutions(network)
+        self.bytes_per_voxel, self.is_local = 40.0 * features[0], local
 
     def forward(
         self,
@@ -112,7 +125,15 @@ class SynthesisRegistration(nn.Module):
     ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"]]:
         """The CT expected from the MRI, and the logarithm of its expected error."""
         images = pad_to_multiple(torch.cat([mri, brain], 1), 32)
-        out = haar_idwt(self.network(haar_dwt(images)).float())
+        grid = [size // 2 for size in images.shape[2:]]
+        windows = self.windows(grid, 16, len(images))
+
+        def bands(window: tuple[slice, ...]) -> Tensor:
+            place = tuple(slice(2 * part.start, 2 * part.stop) for part in window)
+            guessed: Tensor = self.network(haar_dwt(part_of(images, place))).float()
+            return guessed
+
+        out = haar_idwt(blended(bands, grid, windows))
         guess, log_scale = crop(out, mri.shape[2:]).split(1, 1)
         return guess, (log_scale - 1.5).clamp(-4, 1)
 
@@ -175,11 +196,42 @@ def move(
 ) -> Float[Tensor, "b c *dhw"]:
     """The volume seen through a rigid motion A in mm: out(p) = volume(A p), in full precision.
 
-    ``refine`` as in ``functional.warp.warp``.
+    ``refine`` as in ``functional.warp.warp``. A volume whose spline would have more than
+    ``LARGEST_SPLINE`` samples is moved slab by slab.
     """
     with torch.autocast(volume.device.type, enabled=False):
-        displacement = rigid_displacement(motion, tuple(volume.shape[2:]), spacing_mm)
-        return warp(volume.float(), displacement, spacing_mm, refine=refine)
+        volume = volume.float()
+        samples = volume.numel() * refine ** (volume.ndim - 2)
+        count = min(-(-samples // LARGEST_SPLINE), volume.shape[2])
+        if count == 1:
+            displacement = rigid_displacement(motion, tuple(volume.shape[2:]), spacing_mm)
+            return warp(volume, displacement, spacing_mm, refine=refine)
+        edges = [round(i * volume.shape[2] / count) for i in range(count + 1)]
+        slabs = [_moved_slab(volume, motion, spacing_mm, refine, *ends) for ends in pairwise(edges)]
+        return torch.cat(slabs, 2)
+
+
+def _moved_slab(
+    volume: Tensor, motion: Tensor, spacing_mm: Tensor, refine: int, start: int, stop: int
+) -> Tensor:
+    """Voxels start to stop of the first axis of ``move``, from as much of the volume as they need.
+
+    What a spline knows of a voxel falls by 3.7 with every voxel of distance.
+    """
+    n, first_mm = volume.ndim - 2, spacing_mm[:, 0]
+    corners = rigid_displacement(
+        motion, [2] * n, spacing_mm * (torch.tensor(volume.shape[2:]).to(spacing_mm) - 1)
+    )
+    reach = int((corners[:, 0].flatten(1).abs().amax(1) / first_mm).max().ceil()) + SPLINE_REACH
+    low, high = max(start - reach, 0), min(stop + reach, volume.shape[2])
+    part = volume[:, :, low:high]
+    offset_mm = ((low + high - volume.shape[2]) / 2) * first_mm  # of the slab's centre
+    of_slab = motion.clone()
+    turned = motion[:, :n, 0] - torch.eye(n)[0].to(motion)
+    of_slab[:, :n, n] += turned * offset_mm[:, None]
+    displacement = rigid_displacement(of_slab, tuple(part.shape[2:]), spacing_mm)
+    moved = warp(part, displacement, spacing_mm, refine=refine)
+    return moved[:, :, start - low : stop - low]
 
 
 def gradient_per_mm(

@@ -10,12 +10,13 @@ from torch.nn import functional as F
 from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.networks.fusion_unet import DETAIL_GAIN, crop, pad_to_multiple
 from clinfuse.networks.precision import with_safe_convolutions
+from clinfuse.networks.windows import Windowed, blended, part_of
 
 NOISE_SCALE = 0.3
 """Size of the noise's coefficients, which the last layer gives in units of it."""
 
 
-class SourceDenoiser(nn.Module):
+class SourceDenoiser(Windowed):
     """One modality without its noise: x + linear(x) + residual(x) on levelled Haar coefficients.
 
     Learns the noise rather than the image (Zhang et al. 2017, DnCNN), by shrinking wavelet
@@ -43,18 +44,27 @@ class SourceDenoiser(nn.Module):
         gain = torch.full((bands, *[1] * spatial_dims), DETAIL_GAIN)
         gain[0] = bands**-0.5
         self.register_buffer("gain", gain, persistent=False)
+        self.bytes_per_voxel = 4.0 * (3 * features + 3 * bands)
         with_safe_convolutions(self)
 
     gain: Tensor
 
     def forward(self, volume: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
         """The volume without noise, in full precision whatever the autocast of the convolutions."""
-        bands = haar_dwt(pad_to_multiple(volume, 2)) * self.gain
-        features = self.first(bands)
-        for block in self.blocks:
-            features = features + block(F.silu(features))
-        noise = (self.linear(bands) + NOISE_SCALE * self.last(F.silu(features))).float()
-        return volume + crop(haar_idwt(noise), volume.shape[2:])
+        padded = pad_to_multiple(volume, 2)
+        grid = [size // 2 for size in padded.shape[2:]]
+        reach = len(self.blocks) + 2
+        windows = self.windows(grid, 1, len(volume), silent=reach)
+
+        def noise(window: tuple[slice, ...]) -> Tensor:
+            place = tuple(slice(2 * part.start, 2 * part.stop) for part in window)
+            bands = haar_dwt(part_of(padded, place)) * self.gain
+            features = self.first(bands)
+            for block in self.blocks:
+                features = features + block(F.silu(features))
+            return (self.linear(bands) + NOISE_SCALE * self.last(F.silu(features))).float()
+
+        return volume + crop(haar_idwt(blended(noise, grid, windows)), volume.shape[2:])
 
 
 class SourceDenoisers(nn.Module):

@@ -23,7 +23,7 @@ from rich.table import Table
 from clinfuse.configuration import CONFIG_PATH, build_method, quiet_libraries, register_resolvers
 from clinfuse.data.slices import colour_picture
 
-NOT_FUSION = {"lesion_head"}
+NOT_FUSION = {"lesion_head", "distill"}  # the second needs a trained teacher
 STEPS = 3
 
 KINDS = {

@@ -86,10 +86,10 @@ def test_known_volumes_come_in_with_their_bands_level():
     """White noise has every band of one size: details come in raised, the approximation lowered."""
     mri, ct, roi = sources((8, 16, 16))
     noise = torch.randn_like(mri)
-    bands = unet(encoder_channels=0).encode(noise, ct, roi).features[:, :8]
+    bands = unet(encoder_channels=0).features(noise, ct, roi)[:, :8]
     assert bands[:, 0].std() == pytest.approx(8**-0.5, rel=0.1)
     assert bands[:, 1:].std() == pytest.approx(DETAIL_GAIN, rel=0.1)
-    flat = unet(encoder_channels=0).encode(torch.full_like(mri, 0.7), ct, roi).features[:, :8]
+    flat = unet(encoder_channels=0).features(torch.full_like(mri, 0.7), ct, roi)[:, :8]
     torch.testing.assert_close(flat[:, 0], torch.full_like(flat[:, 0], 0.7))
     torch.testing.assert_close(flat[:, 1:], torch.zeros_like(flat[:, 1:]))
 
@@ -134,14 +134,13 @@ def test_a_network_without_state_takes_none_and_reads_a_clean_level():
 
 
 @pytest.mark.parametrize("kind", ["haar", "cross_attention"])
-def test_a_repeated_condition_is_the_condition_of_a_repeated_batch(kind):
+def test_the_condition_of_a_study_serves_all_members_of_its_ensemble(kind):
     network = awake(unet(**KINDS[kind]))
     parts = sources((5, 6, 7))
     state = torch.randn(BATCH * 3, 1, 5, 6, 7)
     with torch.no_grad():
-        once = network.encode(*parts).repeat(3)
+        once = network.encode(*parts)
         each = network.encode(*(part.repeat_interleave(3, 0) for part in parts))
-        torch.testing.assert_close(once.features, each.features)
         torch.testing.assert_close(network(state, once), network(state, each))
     assert once.shape == each.shape == (5, 6, 7)
 
@@ -201,7 +200,7 @@ def test_one_part_of_the_network_is_shared_by_every_ensemble_size():
     encode = partial(network.encode, *sources((4, 6, 8), batch=1))
     state = torch.randn(1, 1, 4, 6, 8).expand(4, 1, 4, 6, 8)
     with torch.no_grad():
-        members = network(state, encode().repeat(4), torch.full((4,), 0.5))
+        members = network(state, encode(), torch.full((4,), 0.5))
         alone = network(state[:1], encode(), torch.full((1,), 0.5))
     torch.testing.assert_close(members, alone.expand_as(members), atol=1e-5, rtol=1e-4)
 
