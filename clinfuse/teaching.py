@@ -15,12 +15,12 @@ STUDENT = "clinfuse.methods.distilled.DistilledFusion"
 
 _OF_STUDENT = (
     *("method", "method_name", "name", "label", "group", "scale_name", "grids", "table"),
-    *("teacher", "optimizer", "trainer", "callbacks", "logger", "seed", "cache_dir"),
+    *("teacher", "optimizer", "trainer", "callbacks", "logger", "seed"),
     *("resume", "trainings", "interval_level", "test", "validate", "objective_metric"),
 )
 """What a student does not take from its teacher's run."""
 
-_ON_TOP = ("data", "phantoms", "guidance", "lesion_head")
+_ON_TOP = ("data", "phantoms", "guidance", "lesion_head", "cache_dir")
 """Settings of the teacher's run that the command line may change."""
 
 

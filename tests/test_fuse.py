@@ -567,3 +567,26 @@ def test_dicom_that_does_not_belong_together_is_refused_and_nothing_is_written(
 def test_a_report_names_the_patient_by_a_hash_unless_names_are_kept(path, keep_ids, shown):
     cfg = OmegaConf.create({"mri": path, "keep_ids": keep_ids, "salt": "", "series": {}})
     assert shown_name(cfg) == shown
+
+
+def test_a_volume_too_large_for_the_memory_is_fused_in_windows_and_it_is_said(
+    smoke_run, phantoms, tmp_path, capsys
+):
+    long = make_phantom(7, 0, (9, 24, 132), (7.0, 6.0, 1.5), "adc")
+    for name, array in (("mri", long.mri), ("ct", long.ct_hu)):
+        affine = ras_affine((9, 24, 132), (7.0, 6.0, 1.5))
+        image = nib.Nifti1Image(array.astype(np.float32).transpose(2, 1, 0), affine)
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    no_masks = dict.fromkeys(NAMES[2:])
+    asked = arguments(smoke_run, tmp_path, tmp_path / "out", **no_masks)
+    main(phantoms.config(*asked, "memory_gb=0.013", name="fuse", folder=tmp_path / "hydra"))
+    said = capsys.readouterr().out
+    assert "evaluated in windows: " in said and "network=local says the same" in said
+    assert nib.load(tmp_path / "out" / "fused.nii.gz").shape == (132, 24, 9)
+    for amount, sentence in (
+        ("1e-6", "expected memory_gb of at least"),
+        ("-1", "expected memory_gb=auto, null or a number above 0, got -1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(phantoms.config(*asked, f"memory_gb={amount}", name="fuse", folder=tmp_path))
+        assert sentence in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_a_students_folder_is_all_that_is_needed(student_run, smoke_run, phantom
     OmegaConf.save(cfg, copy / ".hydra" / "config.yaml")
     student, teacher = trained_method(copy), trained_method(smoke_run)
     for name, weight in teacher.anchor.state_dict().items():
-        assert torch.equal(student.teacher.anchor.state_dict()[name], weight), name
+        torch.testing.assert_close(student.teacher.anchor.state_dict()[name], weight)  # averaged
     assert len(student.teacher.other_anchors) == len(teacher.other_anchors)
     trained = torch.load(checkpoint_of(student_run), weights_only=True)["state_dict"]
     moved = [
