@@ -119,6 +119,23 @@ def test_a_sweep_that_is_killed_goes_on_and_leaves_what_was_finished(
     assert third.stdout.count("finished before") == 3
 
 
+@pytest.mark.slow
+def test_a_sweep_at_the_papers_scale_runs_dry_on_a_few_small_heads(entry_point, tmp_path):
+    """The networks, tests and stages of training of the paper, on heads of 26 x 32 x 32."""
+    folder = tmp_path / "eta"
+    done = entry_point(
+        "clinfuse.train", "-m", "sweep=eta", "scale=paper", "data=phantom", "phantoms.cases=6",
+        "phantoms.shape=[26,32,32]", "phantoms.spacing_mm=[5.0,7.2,7.2]", "data.batch_size=2",
+        "data.draws_per_epoch=8", "data.num_workers=0", "data.misregistration_mm=[0.0,2.0]",
+        "trainer.max_epochs=3", "grids.eta='0.0,0.05'", f"hydra.sweep.dir={folder}",
+        f"trainings={tmp_path / 'trainings'}", f"cache_dir={tmp_path / 'cache'}", "logger=csv",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = (folder / "table" / "table.md").read_text()
+    assert "η 0.05" in table and "η 0" in table
+    assert len(list((tmp_path / "trainings").glob("*.json"))) == 1
+
+
 def job_return(error):
     done = JobReturn(status=JobStatus.FAILED)
     done.return_value = error
