@@ -56,6 +56,7 @@ def test_a_student_is_scored_as_any_run(student_run):
     rows = pd.read_csv(student_run / "cases.csv")
     assert set(rows.method) >= {"distill"}
     assert (student_run / "report.html").is_file()
+    assert "learned from" in (student_run / "model_card.md").read_text()
 
 
 def test_other_guidance_is_refused_for_it_was_learned(student_run, entry_point, tmp_path):

@@ -36,8 +36,9 @@ class Guide:
             a training step.
         start: highest noise level 1 - alpha_bar_t that is guided; 1 guides from pure noise on.
         end: lowest noise level that is guided; 0 guides to the last step.
-        refused: which samples of a step had a gradient that is not finite, one tensor a step.
-            Kept on the device, so that no step waits for the answer; ``warn_of_refused`` reads it.
+        refused: which samples had a gradient that is not finite in any step: one tensor, or none
+            yet. Kept on the device, so that no step waits for the answer; ``warn_of_refused``
+            reads it.
     """
 
     correction: Callable[[Tensor, float, Tensor], Tensor]
@@ -157,7 +158,7 @@ def roi_guide(
             walks_again = eta != 0 and not mean_is_known
             slope = loss_gradient(spread, x0_hat, towards_x_t, members, retain_graph=walks_again)
             total = total + slope.step(eta_u)
-            refused.append(~slope.is_finite)
+            _note(refused, ~slope.is_finite)
         if eta != 0:
             followed = loss_at(noise_level)
             strength = _voxelwise_eta(kappa, x0_hat, members, reference_std)
@@ -174,7 +175,7 @@ def roi_guide(
                     lengths = [(eta * weight, weight / (1 + weight)) for weight in weights]
             for slope, (length, relaxation) in zip(slopes, lengths, strict=True):
                 total = total + strength * slope.step(length, relaxation)
-                refused.append(~slope.is_finite)
+                _note(refused, ~slope.is_finite)
         return total
 
     needs_graph = gradient == "full" and (use_spread or (eta != 0 and not mean_is_known))
@@ -215,7 +216,8 @@ def together(guides: Sequence[Guide]) -> Guide:
         total = torch.zeros_like(x_t)
         for guide in guides:
             total = total + guide(x_t, noise_level, x0_hat)
-            refused.extend(guide.refused)
+            for noted in guide.refused:
+                _note(refused, noted)
             guide.refused.clear()
         return total
 
@@ -367,6 +369,11 @@ def of_centred(slope: Slope, noise_level: float) -> Slope:
     if signal == 0:
         return replace(slope, direction=torch.zeros_like(slope.direction))
     return replace(slope, reach=slope.reach / signal)
+
+
+def _note(refused: list[Tensor], also: Tensor) -> None:
+    """Add to what was refused before; a tensor a step would break up the memory of a long walk."""
+    refused[:] = [refused[0] | also if refused else also]
 
 
 def _parts(loss: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

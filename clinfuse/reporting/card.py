@@ -197,6 +197,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
         "samples a case": run.setting("method.members"),
         "weights": _thousands(run.cost.get("parameters")),
         "lesion head": run.setting("lesion_head"),
+        "learned from": "/".join(Path(run.setting("teacher") or "").parts[-2:]),
     }
     return {name: value for name, value in settings.items() if value}
 

@@ -1,7 +1,7 @@
 """Quality against network evaluations: a teacher's walks of several lengths, and its students.
 
 python experiments/distillation/quality.py TEACHER STUDENT... [--steps 1,2,4,20,1000] [--cases 3]
-    [--mm 0,2] [--out FOLDER]
+    [--mm 0,2] [--keep FOLDER] [--out FOLDER]
 
 TEACHER is a run of method=clinfuse, each STUDENT one of method=distill with that teacher. Test
 patients are sampled one at a time from the same noise, each by every sampler in turn, with as many
@@ -9,7 +9,8 @@ members. The longest walk is the reference: FOLDER/cases.csv has for each case a
 bone and SSIM in brain and the whole against the truth, the root mean square difference of the fused
 volume and of the spread from the reference's, and the seconds of sampling (the anchor's included,
 and by itself); FOLDER/table.md the means, the differences from the reference case by case with the
-most unfavourable one, and ratios of time. FOLDER/curve.png draws quality over evaluations.
+most unfavourable one, and ratios of time. FOLDER/curve.png draws quality over evaluations. What was
+sampled once is kept in KEEP, and another command goes on from there.
 """
 
 import argparse
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", default="1,2,4,20,1000")
     parser.add_argument("--cases", type=int, default=3)
     parser.add_argument("--mm", default="0,2")
+    parser.add_argument("--keep", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--out", default="experiments/distillation")
     asked = parser.parse_args()
     register_resolvers()
@@ -58,7 +60,7 @@ def main() -> None:
     rows = []
     for amplitude_mm in (float(mm) for mm in asked.mm.split(",")):
         for batch in list(data.test_batches(amplitude_mm))[: asked.cases]:
-            rows += scored(batch, amplitude_mm, samplers)
+            rows += scored(batch, amplitude_mm, samplers, asked.keep)
             print(pd.DataFrame(rows).tail(len(samplers)).to_string(), flush=True)
     table = pd.DataFrame(rows)
     out = Path(asked.out)
@@ -91,18 +93,34 @@ def samplers_of(
     return found
 
 
-def scored(batch: FusionBatch, amplitude_mm: float, samplers: dict) -> list[dict]:
+def sampled(
+    batch: FusionBatch,
+    ensemble: Callable[[FusionBatch], Tensor],
+    anchor: Callable[[FusionBatch], object],
+    path: Path,
+) -> tuple[Tensor, float, float]:
+    """The members, the processor seconds that they took, and those of the anchor by itself."""
+    if not path.is_file():
+        with torch.no_grad():
+            times = [time.process_time()]
+            anchor(batch)
+            times.append(time.process_time())
+            members = ensemble(batch)
+            times.append(time.process_time())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((members, times[2] - times[1], times[1] - times[0]), path)
+    kept: tuple[Tensor, float, float] = torch.load(path, weights_only=True)
+    return kept
+
+
+def scored(batch: FusionBatch, amplitude_mm: float, samplers: dict, keep: Path) -> list[dict]:
     """A row for each sampler; the teacher's longest walk is the reference."""
     mri, ct, roi = batch.truth()
     assert batch.reference is not None
     draws, rows = {}, []
     for name, (evaluations, ensemble, anchor) in samplers.items():
-        with torch.no_grad():
-            begun = time.process_time()
-            anchor(batch)
-            prepared = time.process_time()
-            draws[name] = ensemble(batch)
-            ended = time.process_time()
+        path = keep / f"{batch.case_id[0]}_{amplitude_mm:g}_{name.replace(', ', '_')}.pt"
+        draws[name], seconds, seconds_of_anchor = sampled(batch, ensemble, anchor, path)
         fused = draws[name].mean(0).clamp(-1, 1)
         whole = torch.ones_like(roi[:, :1])
         a, b = brightness(fused), brightness(mri)
@@ -115,8 +133,8 @@ def scored(batch: FusionBatch, amplitude_mm: float, samplers: dict) -> list[dict
                 "bone_psnr": psnr(fused, ct, roi[:, 1:2]).item(),
                 "brain_ssim": ssim(a, b, roi[:, :1], batch.spacing_mm).item(),
                 "whole_ssim": ssim(a, brightness(batch.reference), whole, batch.spacing_mm).item(),
-                "seconds": ended - prepared,
-                "seconds_of_anchor": prepared - begun,
+                "seconds": seconds,
+                "seconds_of_anchor": seconds_of_anchor,
             }
         )
     reference = max((n for n in samplers if n.startswith("teacher")), key=lambda n: samplers[n][0])

@@ -106,7 +106,7 @@ def picture(whole: Tensor, blended: Tensor, cut: Tensor) -> Figure:
         axis.set_title(name)
     for axis, (name, volume) in zip(axes[3:], shown[1:], strict=True):
         axis.imshow((GAIN * (volume - whole))[0, s].flip(0), cmap="RdBu_r", vmin=-1, vmax=1)
-        axis.set_title(f"{name}: {GAIN} × difference")
+        axis.set_title(f"{name.removeprefix('in windows, ')}: {GAIN} × difference")
     for axis in axes:
         axis.set_axis_off()
     return figure

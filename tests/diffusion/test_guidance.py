@@ -522,6 +522,16 @@ def test_a_walk_with_finite_slopes_warns_of_nothing_and_one_warning_is_not_repea
     assert len(recwarn) == 1
 
 
+def test_a_long_walk_holds_no_more_than_a_short_one_and_still_warns_of_its_first_step(x_t):
+    guide = together([roi_guide(steep_at_zero, 0.1, 0.05, None, members=3, gradient="x0")])
+    guide(x_t, 0.5, torch.zeros_like(x_t))
+    for _ in range(20):
+        guide(x_t, 0.5, x_t)
+    assert len(guide.refused) == 1
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        guide.warn_of_refused()
+
+
 def test_a_loss_gradient_far_below_half_precision_survives_a_half_precision_denoiser(x_t):
     # Its slope, about 1e-12, rounds to 0 in float16, whose least positive number is 6e-8.
     x_t = x_t.float().requires_grad_()
