@@ -21,7 +21,7 @@ SWEEPS := steps methods components jitter eta uncertainty reference parameterisa
 	weights weights_grid masks members guidance_search
 SCALE := small
 
-.PHONY: help install demo test test-all smoke tables notebooks lint types clean
+.PHONY: help install demo test test-all smoke tables bench notebooks lint types clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -61,6 +61,9 @@ smoke: $(INSTALLED)  ## train every method a few steps and fuse: volumes, grey a
 
 tables: $(INSTALLED)  ## run every sweep of conf/sweep, two at a time, and write its tables: goes on where it stopped
 	printf '%s\n' $(SWEEPS) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME $(PY) -m clinfuse.train -m sweep=NAME scale=$(SCALE)
+
+bench: $(INSTALLED)  ## time everything beside public references: a table, a JSON and a plot (eight minutes)
+	$(PY) experiments/performance/bench.py --out runs/bench/$(NOW)
 
 notebooks: $(INSTALLED)  ## execute every notebook from top to bottom
 	$(PYTEST) tests/notebooks -m "not slow"

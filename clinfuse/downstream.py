@@ -258,7 +258,7 @@ def check_unseen(run: str, saved: DictConfig, data: Any) -> None:
 def settings_of(cfg: DictConfig, chosen: DictConfig) -> dict[str, Any]:
     """What decides the rows of every image."""
     data: Any = OmegaConf.to_container(chosen.data, resolve=True)
-    speed = ("num_workers", "cache_dir")
+    speed = ("num_workers", "cache_dir", "moved_by")
     replaced = ("perturbations", "draws_per_epoch", "batch_size", "patch_shape")
     ours = ("segmentation", "draws", "jitter", "augmentation", "misregistration_mm", "seeds")
     apart = {*speed, *replaced, *ours}

@@ -33,7 +33,7 @@ _SCORING: Mapping[str, Sequence[str]] = {"report": ("mask_source",)}
 
 _OF_TESTS = (
     *("misregistration_mm", "val_misregistration_mm", "misregistration_deg_per_mm"),
-    *("misregistration_seed", "perturbations", "perturbed_at_mm", "num_workers"),
+    *("misregistration_seed", "perturbations", "perturbed_at_mm", "num_workers", "cache_dir"),
 )
 """What a DataModule is told of validation, test and speed alone."""
 

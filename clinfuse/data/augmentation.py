@@ -97,8 +97,11 @@ def with_gamma(mri: Float[Tensor, "1 d h w"], gamma: float | int) -> Float[Tenso
 def with_noise(
     volume: Float[Tensor, "1 *dhw"], sigma: float | int, generator: torch.Generator
 ) -> Float[Tensor, "1 *dhw"]:
-    """Gaussian noise of standard deviation ``sigma`` added, clipped to model space."""
+    """Gaussian noise of standard deviation ``sigma`` added, clipped to model space.
+
+    The generator is one of the volume's device.
+    """
     if sigma == 0:
         return volume
-    noise = torch.randn(volume.shape, generator=generator)
+    noise = torch.randn(volume.shape, generator=generator, device=volume.device)
     return (volume + sigma * noise).clamp(-1, 1)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,27 +10,15 @@ import lightning
 import numpy as np
 import SimpleITK as sitk
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clinfuse.data.augmentation import (
-    Augmentation,
-    AugmentationDraw,
-    mirrored,
-    with_gamma,
-    with_noise,
-)
-from clinfuse.data.jitter import (
-    CT_AIR,
-    RegistrationJitter,
-    about_another_centre,
-    fixed_misregistration,
-    move,
-    move_mask,
-)
+from clinfuse.data import jitter as torchio_moves
+from clinfuse.data import spline
+from clinfuse.data.augmentation import Augmentation, with_noise
+from clinfuse.data.jitter import Mover, RegistrationJitter, fixed_misregistration
 from clinfuse.data.perturbation import Condition, conditions_of, perturbed
+from clinfuse.data.preprocessed import preprocessed_study
 from clinfuse.data.splits import (
     SPLITS,
     Splits,
@@ -39,7 +27,16 @@ from clinfuse.data.splits import (
     read_splits,
     write_splits,
 )
-from clinfuse.data.studies import Study, load_study, patient_of, reference_of, study_folders
+from clinfuse.data.studies import Study, patient_of, study_folders
+from clinfuse.data.study_items import (
+    NO_AUGMENTATION,
+    Drawn,
+    drawn,
+    item_of,
+    padded,
+    random_window,
+    study_item,
+)
 from clinfuse.functional.intensity import CtMap
 from clinfuse.types import FusionBatch
 
@@ -54,6 +51,9 @@ PSEUDO_REFERENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "maximum": torch.maximum,
 }
 """Of the clean registered pair."""
+
+
+NO_JITTER = RegistrationJitter(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,62 @@ class DrawSampler(Sampler[Draw]):
             yield Draw(int(order[place]), _seed_of(self.seed, self.epoch, index))
 
 
-class TrainingDraws(Dataset[FusionBatch]):
-    """Studies as random training items, indexed by ``Draw``."""
+@dataclass(frozen=True)
+class TrainingDraw:
+    """A training item, drawn and not made yet.
+
+    Attributes:
+        drawn: of a study, or the part of it that the item needs.
+        patch_shape: what the item is padded to; None for nothing.
+        reference: what it aims at.
+        seed: of the noise on a device that is not the CPU.
+        random: state of the generator on the CPU after everything else was drawn.
+    """
+
+    drawn: Drawn
+    patch_shape: Sequence[int] | None
+    reference: PseudoReference
+    seed: int
+    random: Tensor
+
+    def item(self, by: Mover) -> FusionBatch:
+        """The item, made on the device of its volumes; ``by`` is what resamples there."""
+        item, varied = item_of(self.drawn, by), self.drawn.varied
+        if self.reference != "own":
+            assert item.clean_mri is not None and item.clean_ct is not None
+            item.reference = PSEUDO_REFERENCES[self.reference](item.clean_mri, item.clean_ct)
+        if self.patch_shape is not None:
+            item = padded(item, self.patch_shape)
+        generator = self._generator(item.mri.device)
+        item.mri = with_noise(item.mri[0], varied.mri_noise, generator)[None]
+        item.ct = with_noise(item.ct[0], varied.ct_noise, generator)[None]
+        return item
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device.type != "cpu":
+            return torch.Generator(device).manual_seed(self.seed)
+        generator = torch.Generator()
+        generator.set_state(self.random)
+        return generator
+
+
+@dataclass(frozen=True)
+class DrawnBatch:
+    """Training draws on their way to the device that makes items of them."""
+
+    draws: Sequence[TrainingDraw]
+
+    def to(self, device: torch.device | str) -> "DrawnBatch":
+        """The same on another device; Lightning moves batches by this method."""
+        return DrawnBatch([replace(draw, drawn=draw.drawn.on(device)) for draw in self.draws])
+
+    def made(self) -> FusionBatch:
+        """The batch."""
+        return collate_batches([draw.item(spline.move) for draw in self.draws])
+
+
+class TrainingDraws(Dataset[TrainingDraw]):
+    """Studies as random training draws, indexed by ``Draw``: which part, moved how."""
 
     def __init__(
         self,
@@ -106,20 +160,21 @@ class TrainingDraws(Dataset[FusionBatch]):
     def __len__(self) -> int:
         return len(self.studies)
 
-    def __getitem__(self, draw: Draw) -> FusionBatch:
+    def __getitem__(self, draw: Draw) -> TrainingDraw:
         generator = torch.Generator().manual_seed(draw.seed)
         study = self.studies[draw.case]
         varied = (self.augmentation or NO_AUGMENTATION).draw(generator)
         misregistration = (self.jitter or NO_JITTER).draw(generator)
-        item = study_item(study, misregistration, varied)
-        if self.reference != "own":
-            assert item.clean_mri is not None and item.clean_ct is not None
-            item.reference = PSEUDO_REFERENCES[self.reference](item.clean_mri, item.clean_ct)
+        window = None
         if self.patch_shape is not None:
-            item = random_patch(item, self.patch_shape, generator)
-        item.mri = with_noise(item.mri[0], varied.mri_noise, generator)[None]
-        item.ct = with_noise(item.ct[0], varied.ct_noise, generator)[None]
-        return item
+            window = random_window(study, varied, self.patch_shape, generator)
+        return TrainingDraw(
+            drawn(study, misregistration, varied, window),
+            self.patch_shape,
+            self.reference,
+            draw.seed,
+            generator.get_state(),
+        )
 
 
 class Misregistered(Dataset[FusionBatch]):
@@ -144,94 +199,6 @@ class Misregistered(Dataset[FusionBatch]):
         return perturbed(study_item(study, moved), self.condition, self.seed)
 
 
-NO_AUGMENTATION = Augmentation(0, 0, 0, 0, 0, 0, 0)
-NO_JITTER = RegistrationJitter(0, 0, 0)
-
-
-def study_item(
-    study: Study,
-    misregistration: Float[Tensor, "4 4"],
-    varied: AugmentationDraw | None = None,
-) -> FusionBatch:
-    """A batch of one study: everything augmented alike, then the CT and its masks moved.
-
-    Its masks are bone, and the brain where that was segmented in the CT: were it left behind, it
-    would tell a method where the CT belongs.
-
-    What the network sees of the CT is interpolated once: augmentation and misregistration are one
-    TorchIO transform. The pseudo-reference is composed anew from the augmented clean pair; a
-    reference that the study ships is moved along, and its contrast (gamma) then left alone.
-    """
-    varied = varied or NO_AUGMENTATION.draw(torch.Generator())
-    spacing_mm, matrix = study.spacing_mm, varied.matrix
-    gamma = 1.0 if study.has_own_reference else varied.gamma
-    turn = mirrored if varied.flips else lambda volume: volume
-    moved_matrix = misregistration @ matrix
-
-    def image(volume: Tensor, by: Tensor = matrix) -> Tensor:
-        return move(turn(volume), by, spacing_mm).clamp(-1, 1)
-
-    def masks(roi: Tensor, by: Tensor = matrix) -> Tensor:
-        return torch.cat([move_mask(turn(mask[None]), by, spacing_mm) for mask in roi])
-
-    clean_mri = with_gamma(image(study.clean_mri), gamma)
-    mri = clean_mri if study.mri is study.clean_mri else with_gamma(image(study.mri), gamma)
-    clean_ct = image(study.clean_ct)
-    clean_roi = masks(study.roi)
-    findings = masks(study.findings) if study.findings.any() else study.findings
-    is_still = torch.equal(misregistration, torch.eye(4, dtype=misregistration.dtype))
-    ct = clean_ct if is_still and study.ct is study.clean_ct else image(study.ct, moved_matrix)
-    brain, bone, lesion = clean_roi.split(1)
-    if not is_still:
-        bone = masks(study.roi[1:2], moved_matrix)
-        brain = masks(study.roi[:1], moved_matrix) if study.brain_of_ct else brain
-    far_mm = float(study.lesion_distance_mm.max())
-    distance_mm = move(turn(study.lesion_distance_mm), matrix, spacing_mm, far_mm, "linear")
-    unchanged = not varied.flips and torch.equal(matrix, torch.eye(4, dtype=matrix.dtype))
-    if study.has_own_reference or (unchanged and gamma == 1):
-        reference = image(study.reference)
-    else:
-        reference = reference_of(clean_ct, clean_mri, clean_roi, findings, spacing_mm, study.ct_map)
-    return FusionBatch(
-        mri=mri[None],
-        ct=ct[None],
-        roi=torch.cat((brain, bone, lesion))[None],
-        spacing_mm=torch.tensor([spacing_mm]),
-        case_id=[study.case_id],
-        ct_map=[study.ct_map],
-        reference=reference[None],
-        clean_mri=clean_mri[None],
-        clean_ct=clean_ct[None],
-        clean_roi=clean_roi[None],
-        lesion_distance_mm=(distance_mm * varied.scale if study.lesion.any() else distance_mm)[
-            None
-        ],
-        misregistration=misregistration.float()[None],
-        findings=findings[None],
-    )
-
-
-def random_patch(
-    item: FusionBatch, shape: Sequence[int], generator: torch.Generator
-) -> FusionBatch:
-    """A patch (d, h, w) around a random voxel of brain or bone, padded where the study is smaller.
-
-    Padding is air, no mask, and the border's distance. The misregistration is written about the
-    patch's own centre.
-    """
-    item = _padded(item, shape)
-    size = item.mri.shape[2:]
-    assert item.clean_roi is not None
-    tissue = item.clean_roi[0, :2].any(0).flatten().nonzero()[:, 0]
-    chosen = int(tissue[torch.randint(len(tissue), (), generator=generator)])
-    around = np.unravel_index(chosen, tuple(size))
-    start = [
-        min(max(int(centre) - patch // 2, 0), whole - patch)
-        for centre, patch, whole in zip(around, shape, size, strict=True)
-    ]
-    return _window(item, start, shape)
-
-
 def collate_batches(items: Sequence[FusionBatch]) -> FusionBatch:
     """Batches of one as one batch.
 
@@ -252,6 +219,30 @@ def collate_batches(items: Sequence[FusionBatch]) -> FusionBatch:
         else:
             values[field.name] = None if parts[0] is None else torch.cat(parts)
     return FusionBatch(**values)
+
+
+def made_by_torchio(draws: Sequence[TrainingDraw]) -> FusionBatch:
+    """A batch of training draws, resampled by TorchIO."""
+    return collate_batches([draw.item(torchio_moves.move) for draw in draws])
+
+
+def made_by_splines(draws: Sequence[TrainingDraw]) -> FusionBatch:
+    """A batch of training draws, resampled by ``spline.move``."""
+    return collate_batches([draw.item(spline.move) for draw in draws])
+
+
+def made_on_device(draws: Sequence[TrainingDraw]) -> DrawnBatch:
+    """What the device that trains makes a batch of: all that it needs, and nothing else."""
+    return DrawnBatch([replace(draw, drawn=draw.drawn.apart()) for draw in draws])
+
+
+COLLATING: Mapping[str, Callable[[Sequence[TrainingDraw]], FusionBatch | DrawnBatch]] = {
+    "torchio": made_by_torchio,
+    "spline": made_by_splines,
+    "device": made_on_device,
+}
+"""What moves training draws: TorchIO, or the same splines in less time, or those on the device that
+trains. What is drawn is the same, and volumes differ by rounding."""
 
 
 class PairedVolumes(lightning.LightningDataModule):
@@ -283,8 +274,12 @@ class PairedVolumes(lightning.LightningDataModule):
             patient with seed 42 (kept in this object and the run's record, never written to root).
         prepare: called with the root before anything is read, to fill it: phantoms. It leaves
             alone what is there already.
-        cache_dir: where segmented masks are kept; None segments at every start.
+        cache_dir: where segmented masks and studies in model space are kept; studies are then
+            mapped into memory and not held there. None reads and segments at every start.
         resample_mm: voxel size (d, h, w) to resample to on loading.
+        moved_by: what moves training draws. With "device" the training loader gives
+            ``DrawnBatch``, which Lightning brings to the device and ``on_after_batch_transfer``
+            makes batches of there. Evaluation is TorchIO's, always.
     """
 
     def __init__(
@@ -310,6 +305,7 @@ class PairedVolumes(lightning.LightningDataModule):
         perturbed_at_mm: Any = 0.0,
         training_reference: PseudoReference = "own",
         train_on: str = "train",
+        moved_by: str = "torchio",
     ) -> None:
         super().__init__()
         if train_on not in ("train", "val"):
@@ -321,6 +317,9 @@ class PairedVolumes(lightning.LightningDataModule):
                 f"got {training_reference!r}"
             )
         self.training_reference = training_reference
+        if moved_by not in COLLATING:
+            raise ValueError(f"expected moved_by of {list(COLLATING)}, got {moved_by!r}")
+        self.moved_by = moved_by
         self.conditions = conditions_of(misregistration_mm, perturbations, perturbed_at_mm)
         self.root, self.batch_size, self.draws_per_epoch = Path(root), batch_size, draws_per_epoch
         self.jitter, self.augmentation, self.patch_shape = jitter, augmentation, patch_shape
@@ -361,13 +360,13 @@ class PairedVolumes(lightning.LightningDataModule):
             self.studies(split)
 
     def studies(self, split: str) -> list[Study]:
-        """The studies of one of train, val and test, read on first use and then kept in memory."""
+        """The studies of one of train, val and test, read on first use and then kept."""
         return [self.study(case) for case in self.splits[split]]
 
     def study(self, case_id: str) -> Study:
         """One study by its folder's name."""
         if case_id not in self._studies:
-            self._studies[case_id] = load_study(
+            self._studies[case_id] = preprocessed_study(
                 self.root / case_id, self.ct_map, self.cache_dir, self.resample_mm
             )
         return self._studies[case_id]
@@ -383,11 +382,14 @@ class PairedVolumes(lightning.LightningDataModule):
             ),
             batch_size=self.batch_size,
             sampler=DrawSampler(len(studies), draws, self.seed),
-            collate_fn=collate_batches,
+            collate_fn=COLLATING[self.moved_by],
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_one_thread,
         )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch.made() if isinstance(batch, DrawnBatch) else batch
 
     def val_dataloader(self) -> DataLoader:
         return self.val_batches(self.val_misregistration_mm)
@@ -425,8 +427,8 @@ class PairedVolumes(lightning.LightningDataModule):
             "ct_units": sorted({s.ct_units for s in studies}),
             "ct_maps": sorted({s.ct_map for s in studies}),
             "mask_sources": sources,
-            "cases_with_lesion": sum(bool(s.roi[2].any()) for s in studies),
-            "cases_with_findings": sum(bool(s.findings.any()) for s in studies),
+            "cases_with_lesion": sum(s.has_lesion for s in studies),
+            "cases_with_findings": sum(bool(s.finding_boxes) for s in studies),
             "cases_with_clean_pair": sum(s.has_clean_pair for s in studies),
             "cases_with_own_reference": sum(s.has_own_reference for s in studies),
         }
@@ -476,42 +478,3 @@ def _seed_of(*numbers: int) -> int:
 
 def _one_thread(_worker: int) -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-
-
-def _padded(item: FusionBatch, shape: Sequence[int]) -> FusionBatch:
-    lacking = [max(p - n, 0) for p, n in zip(shape, item.mri.shape[2:], strict=True)]
-    if not any(lacking):
-        return item
-    before = [n // 2 for n in lacking]
-    sides = [(b, n - b) for n, b in zip(lacking, before, strict=True)]
-    padding = [side for pair in reversed(sides) for side in pair]  # F.pad: the last axis first
-    values: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
-    for name, value in values.items():
-        if name == "lesion_distance_mm":
-            values[name] = F.pad(value, padding, mode="replicate")
-        elif _is_volume(value):
-            fill = False if value.dtype == torch.bool else CT_AIR
-            values[name] = F.pad(value, padding, value=fill)
-    return _recentred(FusionBatch(**values), item, [-b for b in before])
-
-
-def _window(item: FusionBatch, start: Sequence[int], shape: Sequence[int]) -> FusionBatch:
-    where = (..., *(slice(s, s + n) for s, n in zip(start, shape, strict=True)))
-    values: dict[str, Any] = {field.name: getattr(item, field.name) for field in fields(item)}
-    cut = {name: v[where].contiguous() for name, v in values.items() if _is_volume(v)}
-    return _recentred(FusionBatch(**{**values, **cut}), item, start)
-
-
-def _is_volume(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 5
-
-
-def _recentred(cut: FusionBatch, whole: FusionBatch, start: Sequence[int]) -> FusionBatch:
-    """The misregistration about the centre of a window that starts at ``start`` of the whole."""
-    assert whole.misregistration is not None
-    pairs = zip(start, cut.mri.shape[2:], whole.mri.shape[2:], strict=True)
-    voxels = torch.tensor([s + (n - 1) / 2 - (m - 1) / 2 for s, n, m in pairs], dtype=torch.float64)
-    centre_mm = voxels * whole.spacing_mm[0].double()
-    matrix = about_another_centre(whole.misregistration[0].double(), centre_mm)
-    cut.misregistration = matrix.float()[None]
-    return cut

@@ -11,9 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy.ndimage import binary_dilation, find_objects, label
 from torch import Tensor
 
 from clinfuse.data.volumes import (
+    Box,
     Grid,
     Volume,
     check_one_grid,
@@ -73,6 +75,9 @@ class Study:
         reference: the fused volume to aim at: ``reference`` of the folder, else the composite.
         has_own_reference: whether the folder ships it.
         lesion_distance_mm: signed, negative inside; a large constant without a lesion.
+        far_mm: the largest of it.
+        has_lesion: whether there is one.
+        finding_boxes: where ``findings`` are, those less than three voxels apart in one box.
         spacing_mm: voxel size, (d, h, w).
         ct_map: how CT units became model space.
         mri_limits: MRI intensities that became -1 and 1.
@@ -92,6 +97,9 @@ class Study:
     reference: Float[Tensor, "1 d h w"]
     has_own_reference: bool
     lesion_distance_mm: Float[Tensor, "1 d h w"]
+    far_mm: float
+    has_lesion: bool
+    finding_boxes: Sequence[Box]
     spacing_mm: tuple[float, float, float]
     ct_map: CtMap
     mri_limits: tuple[float, float]
@@ -228,6 +236,7 @@ def load_pair(
         reference = reference_of(
             clean["clean_ct"], clean["clean_mri"], roi, findings, spacing_mm, units
         )
+    lesion_distance_mm = signed_distance_mm(roi[None, 2:3], spacing_mm)[0].float()
     return Study(
         case_id=case_id,
         patient_id=patient_id or case_id,
@@ -238,7 +247,10 @@ def load_pair(
         **clean,
         reference=reference,
         has_own_reference="reference" in images,
-        lesion_distance_mm=signed_distance_mm(roi[None, 2:3], spacing_mm)[0].float(),
+        lesion_distance_mm=lesion_distance_mm,
+        far_mm=float(lesion_distance_mm.max()),
+        has_lesion=bool(roi[2].any()),
+        finding_boxes=_boxes(findings[0].numpy()),
         spacing_mm=spacing_mm,
         ct_map=units,
         mri_limits=limits,
@@ -395,6 +407,15 @@ def _segmented(
     if kept is not None:
         write_volume(kept, mask, ct)
     return mask
+
+
+def _boxes(findings: np.ndarray) -> list[Box]:
+    """Bounding boxes of findings, each a voxel wider; of those whose wider forms touch, one."""
+    if not findings.any():
+        return []
+    around = np.ones((3, 3, 3), bool)
+    parts, _ = label(binary_dilation(findings, around), around)
+    return [(d, h, w) for d, h, w in find_objects(parts)]
 
 
 def _file(folder: Path, name: str) -> Path | None:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,8 +19,12 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from scipy.ndimage import gaussian_filter
+from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+Box = tuple[slice, ...]
+"""Voxels of a grid from ``start`` up to ``stop`` along each of its axes, as an index."""
 
 GRID_TOLERANCE_MM = 0.05
 """Corners of two grids may differ by this much (header rounding) and still be called one grid."""
@@ -87,24 +92,27 @@ def read_volume(path: Path | str) -> Volume:
     """
     path = Path(path)
     image = _open(path)
-    shape = image.shape[:3] if image.shape[3:] == (1,) else image.shape
-    if len(shape) != 3:
-        raise ValueError(f"expected a 3-D volume, got shape {image.shape}: {path}")
-    _check_voxel_size(image, path)
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise ValueError(f"expected an invertible affine, got {_one_line(affine)}: {path}")
-    if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
-        log.warning("%s states no orientation (sform and qform codes are 0): left is a guess", path)
-    stored = _voxels(image, path).reshape(shape)
-    to_canonical = io_orientation(affine)
+    grid = _grid(image, path)
+    stored = _voxels(image, path).reshape(grid.shape)
+    to_canonical = io_orientation(grid.affine)
     canonical = apply_orientation(stored, to_canonical)
     return Volume(
         array=np.ascontiguousarray(canonical.transpose(2, 1, 0)),
-        affine=affine @ nib.orientations.inv_ornt_aff(to_canonical, shape),
-        grid=Grid(affine, shape, image.header.copy()),
+        affine=grid.affine @ nib.orientations.inv_ornt_aff(to_canonical, grid.shape),
+        grid=grid,
         path=path,
     )
+
+
+def read_grid(path: Path | str) -> Grid:
+    """The grid of a 3-D NIfTI file, by its header alone: no voxel is read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as ``read_volume``, except for what is wrong with voxels.
+    """
+    path = Path(path)
+    return _grid(_open(path), path)
 
 
 def write_volume(
@@ -140,6 +148,12 @@ def write_volume(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def part_of(volume: Tensor, box: Box) -> Tensor:
+    """What a volume has in a box of its last axes; a view."""
+    index: tuple[Any, ...] = (..., *box)
+    return volume[index]
 
 
 def resize(
@@ -191,6 +205,19 @@ def _open(path: Path) -> nib.Nifti1Image:
     if not isinstance(image, nib.Nifti1Image):
         raise ValueError(f"expected a NIfTI file, got {type(image).__name__}: {path}")
     return image
+
+
+def _grid(image: nib.Nifti1Image, path: Path) -> Grid:
+    shape = image.shape[:3] if image.shape[3:] == (1,) else image.shape
+    if len(shape) != 3:
+        raise ValueError(f"expected a 3-D volume, got shape {image.shape}: {path}")
+    _check_voxel_size(image, path)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise ValueError(f"expected an invertible affine, got {_one_line(affine)}: {path}")
+    if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
+        log.warning("%s states no orientation (sform and qform codes are 0): left is a guess", path)
+    return Grid(affine, shape, image.header.copy())
 
 
 def _check_voxel_size(image: nib.Nifti1Image, path: Path) -> None:

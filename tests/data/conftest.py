@@ -38,6 +38,12 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
 
 @pytest.fixture
+def head_of() -> Callable[..., dict]:
+    """``head``: the arrays that ``make_study`` writes, of any shape."""
+    return head
+
+
+@pytest.fixture
 def make_study(tmp_path: Path) -> MakeStudy:
     """Writes ``case`` under a cohort folder; ``without`` and ``instead`` drop and replace files."""
 

@@ -10,7 +10,13 @@ from torch import nn
 
 from clinfuse.data.augmentation import Augmentation
 from clinfuse.data.jitter import RegistrationJitter, fixed_misregistration
-from clinfuse.data.paired_volumes import DrawSampler, PairedVolumes, collate_batches, study_item
+from clinfuse.data.paired_volumes import (
+    DrawnBatch,
+    DrawSampler,
+    PairedVolumes,
+    collate_batches,
+    study_item,
+)
 from clinfuse.data.splits import read_splits
 from clinfuse.data.studies import load_study
 from clinfuse.functional.intensity import ct_to_model
@@ -360,6 +366,73 @@ def test_a_study_smaller_than_the_patch_is_padded_with_air(cohort):
     assert batch.ct.sum() == pytest.approx(float(whole.ct.sum()) - (19 * 24 * 28 - 7280), rel=1e-4)
     assert batch.roi.sum() == whole.roi.sum()
     assert (batch.lesion_distance_mm[..., 0, 0, 0] == whole.lesion_distance_mm[..., 0, 0, 0]).all()
+
+
+@pytest.mark.parametrize("patch_shape", [None, (8, 12, 16), (18, 12, 30)])
+def test_whatever_moves_them_draws_are_the_same_to_rounding(cohort, patch_shape):
+    options = {"jitter": JITTER, "augmentation": Augmentation(affine=1), "batch_size": 2}
+    theirs, ours, drawn = (
+        draws(PairedVolumes(cohort, patch_shape=patch_shape, moved_by=by, **options))
+        for by in ("torchio", "spline", "device")
+    )
+    assert all(isinstance(batch, DrawnBatch) for batch in drawn)
+    for ours_, drawn_ in zip(ours, drawn, strict=True):
+        assert same(ours_, drawn_.to("cpu").made())
+    for a, b in zip(ours, theirs, strict=True):
+        for field in fields(FusionBatch):
+            one, other = getattr(a, field.name), getattr(b, field.name)
+            if not isinstance(one, torch.Tensor):
+                assert one == other
+            elif one.dtype == torch.bool:
+                assert (one != other).float().mean() < 1e-4, field.name
+            else:
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-6)
+
+
+def test_patches_are_cut_out_of_what_whole_studies_would_give(cohort):
+    """The last axis alone is cut, and the other two padded."""
+    splits = {"train": ["case_00"]}
+    options = {"jitter": JITTER, "splits": splits, "draws_per_epoch": 4}
+    patches = draws(PairedVolumes(cohort, patch_shape=(16, 20, 12), **options))
+    for patch, whole in zip(patches, draws(PairedVolumes(cohort, **options)), strict=True):
+        (start,) = (
+            start
+            for start in range(15)
+            if torch.equal(patch.mri[..., 1:15, :, :], whole.mri[..., start : start + 12])
+        )
+        ct = whole.ct[..., start : start + 12]
+        torch.testing.assert_close(patch.ct[..., 1:15, :, :], ct, atol=1e-5, rtol=0)
+
+
+def test_a_device_that_moves_its_draws_trains_on_the_same_and_repeats_them(cohort):
+    def seen(**options):
+        data = PairedVolumes(cohort, jitter=JITTER, augmentation=Augmentation(), **options)
+        trainer = lightning.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        listener = Listener()
+        trainer.fit(listener, datamodule=data)
+        return listener.seen
+
+    device = seen(moved_by="device", patch_shape=(8, 12, 16))
+    assert device == seen(moved_by="device", patch_shape=(8, 12, 16), num_workers=1)
+    assert device == seen(moved_by="spline", patch_shape=(8, 12, 16))
+
+
+def test_a_mover_that_there_is_not_is_refused(cohort):
+    with pytest.raises(ValueError, match=r"expected moved_by of .*'device'.*, got 'gpu'"):
+        PairedVolumes(cohort, moved_by="gpu")
+
+
+def test_draws_and_evaluation_of_kept_studies_are_those_of_studies_that_are_read(cohort, tmp_path):
+    options = {"jitter": JITTER, "augmentation": Augmentation(), "patch_shape": (8, 12, 16)}
+    read = PairedVolumes(cohort, **options)
+    for _ in range(2):  # made, and found
+        kept = PairedVolumes(cohort, cache_dir=tmp_path / "cache", **options)
+        assert all(map(same, draws(kept), draws(read)))
+        assert all(map(same, kept.test_batches(2.0), read.test_batches(2.0)))
+        assert kept.describe() == read.describe()
 
 
 def test_cases_of_two_sizes_do_not_make_a_batch(cohort):

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from clinfuse.data.volumes import check_one_grid, read_volume, resize, resized_shape, write_volume
+from clinfuse.data.volumes import (
+    check_one_grid,
+    read_grid,
+    read_volume,
+    resize,
+    resized_shape,
+    write_volume,
+)
 
 AFFINE = np.array([[2.0, 0, 0, -11], [0, 3, 0, -17], [0, 0, 4, -23], [0, 0, 0, 1]])
 ORIENTATIONS = [
@@ -39,6 +46,9 @@ def test_every_storage_order_reads_alike_and_is_written_back_as_it_was(tmp_path,
     np.testing.assert_allclose(volume.affine, AFFINE)
     assert volume.spacing_mm == (4.0, 3.0, 2.0)
     assert volume.grid.shape_dhw == volume.array.shape
+    grid = read_grid(tmp_path / "stored.nii.gz")
+    assert grid.shape == volume.grid.shape and grid.header == volume.grid.header
+    np.testing.assert_array_equal(grid.affine, volume.grid.affine)
 
     write_volume(tmp_path / "back.nii.gz", volume.array, like=volume)
     back = nib.load(tmp_path / "back.nii.gz")
