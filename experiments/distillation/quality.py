@@ -84,13 +84,20 @@ def samplers_of(
 
         return ensemble
 
-    found = {f"teacher, {n} steps": (n, walked(n), method.anchor) for n in steps}
+    found = {named("teacher", n): (n, walked(n), method.anchor) for n in steps}
     for folder in students:
         student = trained_method(folder)
         student.members = method.members
-        name = f"student, {student.steps} step{'s' if student.steps > 1 else ''}"
-        found[name] = (student.steps + 1, student.ensemble, student.teacher.anchor)
+        found[named("student", student.steps)] = (
+            student.steps + 1,
+            student.ensemble,
+            student.teacher.anchor,
+        )
     return found
+
+
+def named(kind: str, steps: int) -> str:
+    return f"{kind}, {steps} step{'s' if steps > 1 else ''}"
 
 
 def sampled(
