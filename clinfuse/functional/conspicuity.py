@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from scipy.ndimage import binary_dilation, distance_transform_edt, find_objects, label
 from torch import Tensor
 
+from clinfuse.functional.regional import bounding_box
 from clinfuse.functional.spacing import SpacingMm, spacing_of_each
 
 NOISE_FLOOR = 0.1
@@ -69,13 +70,16 @@ def conspicuity(
         others: findings of another kind, that the surround keeps clear of; None for none.
     """
     others = torch.zeros_like(findings) if others is None else others
-    volumes = torch.cat([fused, mri, ct], 1).detach().cpu().double()
-    masks = torch.cat([findings, brain, others], 1).detach().cpu().numpy()
-    cases = zip(volumes, masks, spacing_of_each(spacing_mm, len(fused)), strict=True)
-    return [
-        torch.tensor([_kept_share(*near) for near in _each_finding(*case)], dtype=torch.float32)
-        for case in cases
-    ]
+    rows = spacing_of_each(spacing_mm, len(fused))
+    shares = []
+    for case, row in enumerate(rows):
+        near = _within(bounding_box(findings[case, 0]), _reach(row))
+        volumes = torch.stack([volume[case, 0][near] for volume in (fused, mri, ct)])
+        masks = torch.stack([mask[case, 0][near] for mask in (findings, brain, others)])
+        around = _each_finding(volumes.detach().cpu().double(), masks.cpu().numpy(), row)
+        kept = [_kept_share(*finding) for finding in around]
+        shares.append(torch.tensor(kept, dtype=torch.float32))
+    return shares
 
 
 def contrast_to_noise(
@@ -133,15 +137,24 @@ def _each_finding(
     """The volumes around each connected part of the findings, the part and its surround."""
     findings, brain, others = masks
     parts, _ = label(findings, _neighbours(findings.ndim))
-    reach = [int(RING_MM / size) + 2 for size in spacing_mm]
     for number, box in enumerate(find_objects(parts), 1):
-        near = tuple(
-            slice(max(side.start - n, 0), side.stop + n) for side, n in zip(box, reach, strict=True)
-        )
+        near = _within(box, _reach(spacing_mm))
         finding = parts[near] == number
         excluded = findings[near] | others[near]
         surround = surround_of(finding, brain[near], excluded, spacing_mm)
         yield volumes[:, *near], torch.from_numpy(finding), torch.from_numpy(surround)
+
+
+def _reach(spacing_mm: Sequence[float]) -> list[int]:
+    """How many voxels from a finding its surround, and what spoils that, can lie."""
+    return [int(RING_MM / size) + 2 for size in spacing_mm]
+
+
+def _within(box: Sequence[slice], reach: Sequence[int]) -> tuple[slice, ...]:
+    """The box and as many voxels more on either side."""
+    return tuple(
+        slice(max(side.start - n, 0), side.stop + n) for side, n in zip(box, reach, strict=True)
+    )
 
 
 def _neighbours(dims: int) -> np.ndarray:

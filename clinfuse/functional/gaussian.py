@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 TRUNCATE = 3.5
@@ -33,11 +33,15 @@ def gaussian_smooth(
     if len(sigma) != x.ndim - 2:
         raise ValueError(f"expected one sigma for each of {x.ndim - 2} axes, got {list(sigma)}")
     for dim, width in enumerate(sigma, start=2):
-        if width < SMALLEST_SIGMA or x.shape[dim] == 1:
-            continue
-        window = torch.from_numpy(_window_matrix(x.shape[dim], float(width))).to(x)
-        x = _along(x, window, dim)
+        if not is_one_voxel(x.shape[dim], width):
+            window = torch.from_numpy(window_matrix(x.shape[dim], float(width))).to(x)
+            x = _along(x, window, dim)
     return x
+
+
+def is_one_voxel(size: int, sigma: float) -> bool:
+    """Whether the window along an axis of that many voxels leaves the axis as it is."""
+    return sigma < SMALLEST_SIGMA or size == 1
 
 
 def _along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
@@ -47,7 +51,7 @@ def _along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _window_matrix(size: int, sigma: float) -> np.ndarray:
+def window_matrix(size: int, sigma: float) -> Float64[np.ndarray, "size size"]:
     """Row i holds the weights of the voxels that make voxel i, mirrored taps folded in."""
     radius = int(TRUNCATE * sigma + 0.5)
     offsets = np.arange(-radius, radius + 1)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from scipy.ndimage import center_of_mass, label
 from torch import Tensor
 
+from clinfuse.functional.regional import bounding_box
 from clinfuse.functional.spacing import SpacingMm, spacing_of_each
 
 
@@ -55,8 +56,10 @@ def lesion_detection(
 ) -> LesionDetection:
     """The lesions of each case that a prediction finds, and what it finds besides."""
     rows = spacing_of_each(spacing_mm, len(pred))
-    masks = (mask.detach().cpu().numpy()[:, 0] for mask in (pred, target))
-    cases = [_detected(*case) for case in zip(*masks, rows, strict=True)]
+    cases = []
+    for ours, theirs, row in zip(pred[:, 0], target[:, 0], rows, strict=True):
+        box = bounding_box(ours | theirs)
+        cases.append(_detected(ours[box].cpu().numpy(), theirs[box].cpu().numpy(), row))
     columns = torch.tensor(cases, dtype=torch.float32, device=pred.device)
     return LesionDetection(*columns.unbind(1))
 
@@ -67,9 +70,10 @@ def _detected(
     touching = np.ones((3,) * pred.ndim, dtype=bool)
     found_parts, predicted = label(pred, touching)
     parts, lesions = label(target, touching)
-    shared = np.zeros((lesions + 1, predicted + 1), dtype=int)
-    np.add.at(shared, (parts.ravel(), found_parts.ravel()), 1)
-    shared = shared[1:, 1:]  # voxels that each lesion has in common with each prediction
+    overlap = (parts > 0) & (found_parts > 0)
+    pairs = np.int64(predicted) * (parts[overlap] - 1) + (found_parts[overlap] - 1)
+    # voxels that each lesion has in common with each prediction
+    shared = np.bincount(pairs, minlength=lesions * predicted).reshape(lesions, predicted)
     is_found = shared.any(axis=1)
     false_positives = predicted - int(shared.any(axis=0).sum())
     apart_mm = []

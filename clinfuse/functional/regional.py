@@ -15,3 +15,14 @@ def regional_mean(
     count = mask.flatten(1).sum(1)
     total = torch.where(mask, values, 0).flatten(1).sum(1)
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+
+
+def bounding_box(mask: Bool[Tensor, "*dhw"]) -> tuple[slice, ...]:
+    """The smallest box that holds all of the mask; a box without voxels where it is empty."""
+    box = []
+    for axis in range(mask.ndim):
+        lines = mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(1).nonzero()
+        start, stop = (int(lines[0]), int(lines[-1]) + 1) if len(lines) else (0, 0)
+        box.append(slice(start, stop))
+        mask = mask.narrow(axis, start, stop - start)
+    return tuple(box)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clinfuse.functional.localisation import lesion_detection
 from clinfuse.functional.spacing import SpacingMm
-from clinfuse.functional.surface import dice, hd95, nsd
+from clinfuse.functional.surface import dice, surface_agreement
 from clinfuse.metrics.suite import Row
 
 THRESHOLDS = tuple(round(0.02 * i, 2) for i in range(1, 50))
@@ -34,10 +34,11 @@ def segmentation_scores(
         tau_mm: tolerance of the surface Dice, in mm.
     """
     detected = lesion_detection(predicted, lesion, spacing_mm)
+    agreement = surface_agreement(predicted, lesion, spacing_mm)
     columns = {
-        "dice": dice(predicted, lesion),
-        "nsd": nsd(predicted, lesion, spacing_mm, tau_mm),
-        "hd95": hd95(predicted, lesion, spacing_mm),
+        "dice": agreement.dice,
+        "nsd": agreement.nsd(tau_mm),
+        "hd95": agreement.hd95(),
         "sensitivity": detected.sensitivity,
         "false_positives": detected.false_positives,
         "f1": detected.f1,

@@ -6,23 +6,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clinfuse.functional.calibration import (
-    ause,
-    brier,
-    coverage,
-    ence,
-    expected_calibration_error,
-    uce,
-)
+from clinfuse.functional.calibration import brier, expected_calibration_error
 from clinfuse.functional.conspicuity import conspicuity
-from clinfuse.functional.fsim import fsim
+from clinfuse.functional.fsim import fsim_to_each
 from clinfuse.functional.psnr import psnr
-from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.ssim import ssim
-from clinfuse.functional.surface import dice, hd95, nsd
+from clinfuse.functional.surface import surface_agreement
 from clinfuse.metrics.calibration import AIR, Calibration
 from clinfuse.metrics.fusion import fusion_metrics
 from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
+from clinfuse.metrics.spread import spread_scores
 from clinfuse.types import FusionBatch
 
 Row = tuple[str, str, float]
@@ -95,9 +88,14 @@ def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list
     mri, ct, roi = batch.truth()
     brain, bone = roi[:, 0:1], roi[:, 1:2]
     bright, spacing_mm = brightness(fused), batch.spacing_mm
+    aims = [(mri, brain)]
+    if batch.reference is not None:
+        whole = torch.ones_like(brain)
+        aims.append((batch.reference, whole))
+    alike = fsim_to_each(fused, aims)
     columns = {
         ("brain", "ssim"): ssim(bright, brightness(mri), brain, spacing_mm),
-        ("brain", "fsim"): fsim(fused, mri, brain),
+        ("brain", "fsim"): alike[0],
         ("bone", "psnr"): psnr(fused, ct, bone),
         ("bone", "ssim"): ssim(bright, brightness(ct), bone, spacing_mm),
     }
@@ -105,11 +103,10 @@ def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list
         unknown = torch.full((len(batch),), torch.nan)
         columns |= {("whole", metric): unknown for metric in ("psnr", "ssim", "fsim")}
     else:
-        whole = torch.ones_like(brain)
         columns |= {
             ("whole", "psnr"): psnr(fused, batch.reference, whole),
             ("whole", "ssim"): ssim(bright, brightness(batch.reference), whole, spacing_mm),
-            ("whole", "fsim"): fsim(fused, batch.reference, whole),
+            ("whole", "fsim"): alike[1],
         }
     return _as_lists(columns)
 
@@ -137,11 +134,12 @@ def _lesion(
     probability: Tensor, batch: FusionBatch, tau_mm: float
 ) -> dict[tuple[str, str], list[float]]:
     predicted, lesion = probability > LESION_THRESHOLD, batch.truth()[2][:, 2:3]
+    agreement = surface_agreement(predicted, lesion, batch.spacing_mm)
     return _as_lists(
         {
-            ("lesion", "dice"): dice(predicted, lesion),
-            ("lesion", "nsd"): nsd(predicted, lesion, batch.spacing_mm, tau_mm),
-            ("lesion", "hd95"): hd95(predicted, lesion, batch.spacing_mm),
+            ("lesion", "dice"): agreement.dice,
+            ("lesion", "nsd"): agreement.nsd(tau_mm),
+            ("lesion", "hd95"): agreement.hd95(),
         }
     )
 
@@ -151,18 +149,27 @@ def _lesion_calibration(
 ) -> dict[tuple[str, str], list[float]]:
     """Judged in the brain: elsewhere a head has nothing to say, and would be praised for it."""
     roi = batch.truth()[2]
-    brain, lesion = roi[:, 0:1], roi[:, 2:3]
-    stated = {"_raw": probability}
+    cases = zip(probability, roi[:, 0:1], roi[:, 2:3], strict=True)
+    scores = [_calibrated_in(*case, calibration) for case in cases]
+    return {("lesion", name): [of_case[name] for of_case in scores] for name in scores[0]}
+
+
+def _calibrated_in(
+    probability: Tensor, brain: Tensor, lesion: Tensor, calibration: Calibration | None
+) -> dict[str, float]:
+    """One case's scores of the brain's voxels, taken out once."""
+    inside = brain.flatten().nonzero()[:, 0]
+    found, true = (volume.flatten()[inside][None, None] for volume in (probability, lesion))
+    everywhere = torch.ones_like(true)
+    stated = {"_raw": found}
     if calibration is not None:
-        stated[""] = calibration.probability(probability)
+        stated[""] = calibration.probability(found)
     scores = {"ece": expected_calibration_error, "brier": brier}
-    return _as_lists(
-        {
-            ("lesion", name + suffix): score(p, lesion, brain)
-            for suffix, p in stated.items()
-            for name, score in scores.items()
-        }
-    )
+    return {
+        name + suffix: score(p, true, everywhere).item()
+        for suffix, p in stated.items()
+        for name, score in scores.items()
+    }
 
 
 def _calibration(
@@ -176,47 +183,8 @@ def _calibration(
         unknown = [torch.nan] * len(batch)
         return {(roi, "spread_error_correlation"): unknown for roi in ("whole", "brain", "bone")}
     reference, roi = batch.reference, batch.truth()[2]
-    error = fused - reference
-    if calibration is not None:
-        std = calibration.std(fused, spread, placed)
-        low, high = calibration.interval(fused, spread, placed)
-    random = torch.rand(error.shape, generator=torch.Generator().manual_seed(0)).to(error)
-    columns: dict[tuple[str, str], Tensor] = {}
-    for name, mask in (("whole", reference > AIR), ("brain", roi[:, 0:1]), ("bone", roi[:, 1:2])):
-        columns |= {
-            (name, "spread_error_correlation"): regional_correlation(spread, error.abs(), mask),
-            (name, "ause"): ause(spread, error, mask),
-            (name, "ause_constant"): ause(torch.ones_like(spread), error, mask),
-            (name, "ause_random"): ause(random, error, mask),
-            (name, "uce_raw"): uce(spread, error, mask),
-            (name, "ence_raw"): ence(spread, error, mask),
-        }
-        if calibration is not None:
-            columns |= {
-                (name, "spread_error_correlation_calibrated"): regional_correlation(
-                    std, error.abs(), mask
-                ),
-                (name, "uce"): uce(std, error, mask),
-                (name, "ence"): ence(std, error, mask),
-                (name, "coverage"): coverage(reference, low, high, mask),
-                (name, "width"): regional_mean(high - low, mask),
-            }
-    return _as_lists(columns)
-
-
-def regional_correlation(
-    a: Float[Tensor, "b 1 *dhw"],
-    b: Float[Tensor, "b 1 *dhw"],
-    mask: Bool[Tensor, "b 1 *dhw"],
-) -> Float[Tensor, " b"]:
-    """Pearson's correlation over the mask's voxels; NaN where it is empty or either is constant."""
-    a, b = (t.double() - _broadcast(regional_mean(t.double(), mask), t) for t in (a, b))
-    scale = (regional_mean(a.square(), mask) * regional_mean(b.square(), mask)).sqrt()
-    return (regional_mean(a * b, mask) / torch.where(scale > 1e-12, scale, torch.nan)).float()
-
-
-def _broadcast(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
+    masks = {"whole": reference > AIR, "brain": roi[:, 0:1], "bone": roi[:, 1:2]}
+    return spread_scores(fused, spread, reference, masks, calibration, placed)
 
 
 def _as_lists(columns: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], list[float]]:

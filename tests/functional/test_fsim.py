@@ -3,7 +3,12 @@ import pytest
 import torch
 from scipy.ndimage import correlate, gaussian_filter
 
-from clinfuse.functional.fsim import fsim, gradient_magnitude, phase_congruency
+from clinfuse.functional.fsim import (
+    fsim,
+    fsim_to_each,
+    gradient_magnitude,
+    phase_congruency,
+)
 
 # piq 0.8.0, fsim(chromatic=False), of pair(*shape) as float64. Recorded, because piq needs
 # torchvision, whose build has to match torch's; odd sizes and averaging down are among them.
@@ -50,6 +55,19 @@ def test_cases_of_a_batch_do_not_mix():
     mask[..., 20:] = False
     both = fsim(torch.cat((a, b)), torch.cat((b, b)), torch.cat((mask, ~mask)))
     torch.testing.assert_close(both, torch.cat((fsim(a, b, mask), fsim(b, b, ~mask))))
+
+
+def test_one_image_is_compared_with_each_of_several_as_with_one_alone():
+    images = [torch.cat([image, image.roll(9, -1)])[:, :, None] for image in pair(40, 36)]
+    image, *others = (x.float() for x in (*images, images[1].flip(-1)))
+    masks = [everywhere(image), everywhere(image)]
+    masks[0][1] = False
+    masks[1][..., :20] = False
+    pairs = list(zip(others, masks, strict=True))
+    expected = [fsim(image, *each) for each in pairs]
+    assert expected[0][1].isnan()
+    for ours, alone in zip(fsim_to_each(image, pairs), expected, strict=True):
+        torch.testing.assert_close(ours, alone, equal_nan=True)
 
 
 def test_only_pixels_of_the_mask_count():

@@ -32,3 +32,12 @@ def test_perfect_is_infinite_and_an_empty_region_is_nan():
     mask[0] = True
     perfect, empty = psnr(a, a, mask).tolist()
     assert perfect == math.inf and math.isnan(empty)
+
+
+def test_with_a_gradient_or_without_the_score_is_the_same():
+    a, b = torch.rand(2, 2, 1, 5, 9, 7, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(a.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    b[~mask] = torch.nan  # has no say
+    learned = psnr(a.clone().requires_grad_(), b, mask)
+    assert learned.requires_grad
+    torch.testing.assert_close(psnr(a, b, mask), learned.detach())

@@ -3,6 +3,8 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
+from clinfuse.functional import ssim as module
+from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.ssim import sigma_voxels, ssim, ssim_map
 
 
@@ -42,6 +44,42 @@ def test_the_mean_is_over_the_region_and_not_over_the_volume():
     similarity = ssim_map(a, b, (0.6, 1.5, 1.5), mask=mask)
     expected = [similarity[case][mask[case]].mean() for case in range(2)]
     torch.testing.assert_close(ssim(a, b, mask, (5.0, 2.0, 2.0)), torch.stack(expected))
+
+
+def regions(shape):
+    """A box off the border, one at a corner of the grid, a cloud of voxels, and all."""
+    inner, corner, cloud = torch.zeros(3, *shape, dtype=torch.bool)
+    inner[tuple(slice(n // 3, n // 3 + 5) for n in shape)] = True
+    corner[tuple(slice(0, n // 2) for n in shape)] = True
+    cloud[tuple(slice(1, n - 3) for n in shape)] = True
+    cloud &= torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    return torch.stack([inner, corner, cloud, torch.ones_like(cloud)])[:, None]
+
+
+@pytest.mark.parametrize("voxels", [1, 100, 1 << 20])
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm"),
+    [((7, 16, 13), (5.0, 2.0, 1.0)), ((18, 11), (3.0, 1.4)), ((5, 150, 20), (3.0, 1.0, 1.0))],
+)
+def test_the_box_around_a_region_in_parts_scores_as_the_whole_grid_does(
+    monkeypatch, shape, spacing_mm, voxels
+):
+    monkeypatch.setattr(module, "VOXELS_A_PART", voxels)
+    mask = regions(shape)
+    a, b = pair(*mask.shape)
+    whole = regional_mean(ssim_map(a, b, sigma_voxels(spacing_mm, 3.0), mask=mask), mask)
+    torch.testing.assert_close(ssim(a, b, mask, spacing_mm), whole, rtol=1e-10, atol=0)
+    single = ssim(a.float(), b.float(), mask, spacing_mm)
+    torch.testing.assert_close(single, whole.float(), rtol=1e-5, atol=0)
+
+
+def test_what_has_a_gradient_scores_as_what_has_none():
+    a, b = pair(2, 1, 6, 14, 9)
+    mask = torch.zeros(a.shape, dtype=torch.bool)
+    mask[0, :, 2:4, 3:9, 5:] = mask[1, :, :, 9] = True
+    learned = ssim(a.clone().requires_grad_(), b, mask, (5.0, 2.0, 2.0))
+    assert learned.requires_grad
+    torch.testing.assert_close(learned.detach(), ssim(a, b, mask, (5.0, 2.0, 2.0)))
 
 
 def test_what_lies_outside_the_region_has_no_say():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_erosion, gaussian_filter
 from surface_distance import (
     compute_robust_hausdorff,
     compute_surface_dice_at_tolerance,
@@ -11,11 +11,12 @@ from surface_distance import compute_surface_distances as deepmind_distances
 
 from clinfuse.functional.surface import (
     NO_SURFACE_MM,
+    border_of,
     dice,
     hd95,
     nsd,
     signed_distance_mm,
-    surface_distances,
+    surface_agreement,
 )
 
 SPACING_MM = (5.0, 0.9, 1.2)
@@ -67,6 +68,33 @@ def test_on_balls_surface_scores_are_within_a_voxel_of_deepminds(radius_mm, shif
     assert share <= compute_surface_dice_at_tolerance(theirs, 2.75)
 
 
+def test_all_scores_come_from_one_agreement_that_finds_each_surface_once(monkeypatch):
+    pred, target = batch(blobs(0), blobs(1)), batch(blobs(2), blobs(3))
+    spacing_mm = torch.tensor([SPACING_MM, (2.0, 1.0, 1.0)])
+    found = []
+    monkeypatch.setattr(
+        "clinfuse.functional.surface.border_of", lambda m: found.append(m) or border_of(m)
+    )
+    agreement = surface_agreement(pred, target, spacing_mm)
+    scores = agreement.dice, agreement.nsd(2.0), agreement.hd95()
+    assert len(found) == 4  # two masks in two cases
+    expected = (
+        dice(pred, target),
+        nsd(pred, target, spacing_mm, 2.0),
+        hd95(pred, target, spacing_mm),
+    )
+    for ours, alone in zip(scores, expected, strict=True):
+        torch.testing.assert_close(ours, alone)
+
+
+@pytest.mark.parametrize("shape", [(10, 32, 30), (1, 9, 8), (12, 11), (7,)])
+def test_a_border_is_what_erosion_takes_away(shape):
+    mask = np.random.default_rng(0).random(shape) < 0.8
+    ours = border_of(torch.from_numpy(mask))
+    np.testing.assert_array_equal(ours, mask & ~binary_erosion(mask))
+    assert not border_of(torch.zeros(0, *shape, dtype=torch.bool)).any()
+
+
 def test_hd95_of_concentric_balls_is_the_difference_of_their_radii():
     spacing_mm = (2.0, 1.0, 1.0)
     pred, target = (ball(r, spacing_mm=spacing_mm, shape=(21, 41, 41)) for r in (16.0, 10.0))
@@ -76,7 +104,8 @@ def test_hd95_of_concentric_balls_is_the_difference_of_their_radii():
 def test_distances_of_two_points_are_what_a_ruler_says():
     pred, target = torch.zeros(2, 4, 8, 8, dtype=torch.bool)
     pred[0, 1, 1] = target[2, 4, 5] = True
-    forth, back = surface_distances(pred.numpy(), target.numpy(), SPACING_MM)
+    agreement = surface_agreement(pred[None, None], target[None, None], SPACING_MM)
+    forth, back = agreement.forth_mm[0], agreement.back_mm[0]
     expected = np.sqrt((2 * 5.0) ** 2 + (3 * 0.9) ** 2 + (4 * 1.2) ** 2)
     np.testing.assert_allclose([*forth, *back], [expected] * 2)
     both = pred[None, None], target[None, None], SPACING_MM
@@ -121,7 +150,7 @@ def test_signed_distance_is_zero_on_the_border_and_negative_inside():
 
 def test_signed_distance_is_what_surface_scores_measure():
     pred, target = blobs(4), blobs(5)
-    forth, _ = surface_distances(pred[0, 0].numpy(), target[0, 0].numpy(), SPACING_MM)
+    (forth,) = surface_agreement(pred, target, SPACING_MM).forth_mm
     border = signed_distance_mm(pred, SPACING_MM) == 0
     measured = signed_distance_mm(target, SPACING_MM)[border].abs()
     np.testing.assert_allclose(measured, forth, rtol=1e-5)

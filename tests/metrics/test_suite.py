@@ -13,7 +13,7 @@ from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import dice, hd95, nsd
 from clinfuse.metrics.calibration import AIR, FLOOR, Calibration
 from clinfuse.metrics.fusion import FUSION_METRICS, fusion_metrics
-from clinfuse.metrics.suite import case_metrics, regional_correlation
+from clinfuse.metrics.suite import case_metrics
 from clinfuse.types import FusionBatch
 
 SPACING_MM = (4.0, 2.0, 2.0)
@@ -160,8 +160,9 @@ def test_spread_is_correlated_with_the_error_over_head_brain_and_bone():
 
 
 def test_a_constant_spread_has_no_correlation():
-    error, everywhere = torch.rand(1, 1, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    assert regional_correlation(torch.full_like(error, 0.3), error, everywhere).isnan()
+    batch = studies()
+    rows = values(case_metrics(batch.mri, batch, spread=torch.full_like(batch.mri, 0.3))[0])
+    assert np.isnan(rows["brain", "spread_error_correlation"]) and rows["brain", "ause"] > 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
