@@ -579,7 +579,7 @@ def test_a_volume_too_large_for_the_memory_is_fused_in_windows_and_it_is_said(
         nib.save(image, tmp_path / f"{name}.nii.gz")
     no_masks = dict.fromkeys(NAMES[2:])
     asked = arguments(smoke_run, tmp_path, tmp_path / "out", **no_masks)
-    main(phantoms.config(*asked, "memory_gb=0.013", name="fuse", folder=tmp_path / "hydra"))
+    main(phantoms.config(*asked, "memory_gb=0.03", name="fuse", folder=tmp_path / "hydra"))
     said = capsys.readouterr().out
     assert "evaluated in windows: " in said and "network=local says the same" in said
     assert nib.load(tmp_path / "out" / "fused.nii.gz").shape == (132, 24, 9)

@@ -14,9 +14,9 @@ from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.networks.precision import convolved, with_safe_convolutions
 from clinfuse.networks.windows import Windowed, Windows, blended, part_of, with_local_norms
 
-BYTES_PER_FEATURE = 40.0
-"""That an evaluation takes at its most for each voxel of the network's grid, for each feature of
-the finest level: ten single precision volumes of features, as experiments/performance measures."""
+BYTES_PER_FEATURE = 90.0
+"""That an evaluation takes at its most for each voxel of the network's grid and each feature of the
+finest level, in single precision (experiments/performance/memory.py)."""
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 

@@ -94,7 +94,7 @@ class SynthesisRegistration(Windowed):
         if local:
             with_local_norms(network)
         self.network = with_safe_convolutions(network)
-        self.bytes_per_voxel, self.is_local = 40.0 * features[0], local
+        self.bytes_per_voxel, self.is_local = 90.0 * features[0], local
 
     def forward(
         self,

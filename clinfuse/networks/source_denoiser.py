@@ -44,7 +44,7 @@ class SourceDenoiser(Windowed):
         gain = torch.full((bands, *[1] * spatial_dims), DETAIL_GAIN)
         gain[0] = bands**-0.5
         self.register_buffer("gain", gain, persistent=False)
-        self.bytes_per_voxel = 4.0 * (3 * features + 3 * bands)
+        self.bytes_per_voxel = 128.0 * features
         with_safe_convolutions(self)
 
     gain: Tensor
