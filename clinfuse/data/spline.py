@@ -7,9 +7,9 @@ volumes that go the same way share them.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, no_type_check  # numba reads types itself, and no checker may come before it
+from typing import no_type_check  # numba reads types itself, and no checker may come before it
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clinfuse.data.jitter import CT_AIR, Interpolation, is_still
 from clinfuse.data.volumes import Box, part_of
+from clinfuse.functional.fmi_cpu import compiled
 
 BORDER = 2
 """Voxels that the splines of the outermost half voxel reach beyond the grid."""
@@ -57,12 +58,12 @@ def move(
     if interpolation == "bspline":
         volume = coefficients(volume)
     kinds = {"bspline": (_cubic, cubic_by_torch), "linear": (_linear, linear_by_torch)}
-    compiled, by_torch = kinds[interpolation]
+    on_cpu, by_torch = kinds[interpolation]
     bordered = _bordered(volume, mirrored=interpolation == "bspline")
     if volume.device.type != "cpu":
         return by_torch(bordered, source, shape, fill)
     moved = np.empty((len(volume), *shape), np.float32)
-    compiled(bordered.numpy().ravel(), source.numpy(), np.array(sizes), _FLOAT(fill), moved)
+    on_cpu(bordered.numpy().ravel(), source.numpy(), np.array(sizes), _FLOAT(fill), moved)
     return torch.from_numpy(moved)
 
 
@@ -233,19 +234,6 @@ def _looked_up(bordered: Tensor, places: Tensor) -> Tensor:
     return F.grid_sample(bordered[None], grid, "bilinear", "border", align_corners=True)[0]
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at the first call, and kept on disk where there is room to write."""
-    options: dict[str, Any] = {
-        "fastmath": {"contract", "nsz"},
-        "error_model": "numpy",
-        "nogil": True,
-    }
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:
-        return njit(function, **options)
-
-
 @njit(inline="always")
 @no_type_check
 def _four_weights(part):
@@ -258,7 +246,7 @@ def _four_weights(part):
     )
 
 
-@_compiled
+@compiled
 @no_type_check
 def _cubic(values, source, sizes, fill, moved):
     """``cubic_by_torch`` on a CPU: of ``values``, the volume with its border as one row."""
@@ -301,7 +289,7 @@ def _cubic(values, source, sizes, fill, moved):
                     first += channel
 
 
-@_compiled
+@compiled
 @no_type_check
 def _linear(values, source, sizes, fill, moved):
     """``linear_by_torch`` on a CPU."""
@@ -347,7 +335,7 @@ def _between(values, at, part):
     return (_ONE - part) * values[at] + part * values[at + _INDEX(1)]
 
 
-@_compiled
+@compiled
 @no_type_check
 def _eliminate(rows, below, inverse, ratio):
     """Thomas's algorithm along the middle axis, in place."""
