@@ -582,7 +582,7 @@ def test_no_step_of_a_guided_walk_waits_for_the_device(
         raise AssertionError("a distance map was made on the way")
 
     batch = phantoms.batch(4.0, case=7)
-    for module in ("clinfuse.functional.surface", "clinfuse.roi.masks", "scipy.ndimage"):
+    for module in ("clinfuse.functional.distances", "clinfuse.roi.masks", "scipy.ndimage"):
         monkeypatch.setattr(f"{module}.distance_transform_edt", edt)
 
     def waits(steps):
