@@ -96,7 +96,7 @@ def windowed_and_whole(local, windows):
     """A random network's answers to half a volume of noise beside half a volume of air."""
     torch.manual_seed(0)
     network = awake(FusionUNet(3, 1, 1, channels=(8, 16), encoder_channels=4, local=local)).eval()
-    shape = (24, 60, 260)
+    shape = (12, 40, 260)
     mri, ct = torch.rand(2, 1, 1, *shape) * 2 - 1
     mri[..., 130:] = -1
     roi = (torch.rand(1, 3, *shape) > 0.5).float()
@@ -111,10 +111,10 @@ def windowed_and_whole(local, windows):
 
 
 def test_a_local_network_says_in_windows_what_it_says_of_the_whole():
-    beyond_reach = Windows([12, 32, 100], 72, 34, stride=2)
+    beyond_reach = Windows([6, 20, 100], 72, 34, stride=2)
     assert windowed_and_whole(True, beyond_reach) < 1e-5
     assert windowed_and_whole(False, beyond_reach) > 1e-2
-    usual = Windows([12, 32, 64], 32, 8, stride=2)
+    usual = Windows([6, 20, 64], 32, 8, stride=2)
     assert windowed_and_whole(True, usual) < 1e-2
 
 
