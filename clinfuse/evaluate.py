@@ -35,7 +35,7 @@ from clinfuse.configuration import (
 )
 from clinfuse.data.splits import read_splits
 from clinfuse.metrics.calibration import Calibration
-from clinfuse.networks.windows import limit_memory
+from clinfuse.networks.windows import limit_memory, windows_used
 from clinfuse.reporting.atomic import write_atomically
 from clinfuse.reporting.card import write_run_card
 from clinfuse.reporting.collection import Scored, merged
@@ -102,7 +102,10 @@ def main(cfg: DictConfig) -> None:
         recorder.method, recorder.preset, recorder.seed = name, preset, seed
         recorder.calibration = calibration
         print(f"scoring {name}", flush=True)
+        limit_memory(method, memory_budget(cfg.memory_gb, trainer.strategy.root_device))
         trainer.test(method, datamodule=data, verbose=False)
+        if windows := windows_used(method):
+            print(f"{name} was evaluated in windows: {windows}")
     data.write_splits(Path(cfg.out) / "splits.json")
     record = {**run_facts(), "seed": cfg.seed, "data": {"root": str(data.root)}}
     write_atomically(Path(cfg.out) / "facts.json", json.dumps(record, indent=1) + "\n")
@@ -121,7 +124,6 @@ def methods_of(
     for folder in runs:
         saved = with_other_guidance(run_config(folder), cfg)
         method, calibration = trained_method(folder, saved), None
-        limit_memory(method, memory_budget(cfg.memory_gb))
         lent = head is not None and vars(method).get("lesion_head", head) is None
         if lent:
             method.lesion_head = head

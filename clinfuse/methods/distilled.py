@@ -135,7 +135,10 @@ class DistilledFusion(FusionMethod):
 
     def shift(self, batch: FusionBatch, anchor: Anchor) -> Float[Tensor, "b 1 *dhw"]:
         """How far the guidance takes the mean of F, voxel by voxel."""
-        mri, ct, roi = guiding_sources(batch, anchor, self.guidance.tolerance_mm)
+        sources = guiding_sources(batch, anchor, self.guidance.tolerance_mm)
+        return self._shift_towards(anchor, *sources)
+
+    def _shift_towards(self, anchor: Anchor, mri: Tensor, ct: Tensor, roi: Tensor) -> Tensor:
         masks, known = roi.to(mri.dtype), torch.cat([anchor.mean, anchor.scale.log()], 1)
         condition = self.mean_network.encode(mri, ct, masks, known)
         to_mri, to_ct, rest = self.mean_network(None, condition).float().split(1, 1)
@@ -193,8 +196,9 @@ class DistilledFusion(FusionMethod):
 
     def _mean_loss(self, batch: FusionBatch, anchor: Anchor, taught: Tensor) -> Tensor:
         """Squared error of F's mean over the whole, and again in each region by itself."""
-        error = (self.shift(batch, anchor) - anchor.scale * taught).square()
-        _, _, roi = guiding_sources(batch, anchor, self.guidance.tolerance_mm)
+        sources = guiding_sources(batch, anchor, self.guidance.tolerance_mm)
+        error = (self._shift_towards(anchor, *sources) - anchor.scale * taught).square()
+        roi = sources[2]
         regions = [torch.ones_like(roi[:, :1]), *roi.split(1, 1)]
         means = [regional_mean(error, region).nan_to_num(0) for region in regions]
         return 100 * torch.stack(means).sum(0).mean()
