@@ -305,7 +305,7 @@ class PairedVolumes(lightning.LightningDataModule):
         perturbed_at_mm: Any = 0.0,
         training_reference: PseudoReference = "own",
         train_on: str = "train",
-        moved_by: str = "torchio",
+        moved_by: str = "spline",
     ) -> None:
         super().__init__()
         if train_on not in ("train", "val"):
