@@ -51,7 +51,7 @@ demo: $(INSTALLED)  ## train on phantoms, compare with the baselines, write the 
 		misregistration_mm=[0,1,2,4] hydra.run.dir=$(FOLDER)
 
 test: $(INSTALLED)  ## run the tests that need neither patience nor a GPU
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not cluster"
 
 test-all: $(INSTALLED)  ## run every test, the slow and the GPU ones too
 	$(PYTEST)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -20,22 +21,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 import torch
-import yaml  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from clinfuse.allowed import check_named, check_text
+from clinfuse.callbacks.checkpoint import PREVIOUS, read_whole
 from clinfuse.callbacks.model_draws import read_draws
+from clinfuse.networks.pretrained import SAFETENSORS, read_safetensors
+from clinfuse.networks.windows import is_out_of_memory
+from clinfuse.preparation.identifiers import without_identity
 from clinfuse.reporting.atomic import write_atomically
 
 log = logging.getLogger(__name__)
@@ -51,6 +56,7 @@ The shipped folder is asked for first, since beside an installed package lies si
 """
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+EXPORTED = CHECKPOINT.with_suffix(SAFETENSORS)
 LESION_HEAD = "clinfuse.methods.lesion_head.LesionHead"
 
 
@@ -58,17 +64,30 @@ def register_resolvers() -> None:
     """What YAML can ask for: ``${precision:}``, ``${fingerprint:...}``, ``${run_dir:...}``."""
     resolvers: dict[str, Callable[..., Any]] = {
         "precision": fastest_precision,
+        "deterministic": determinism,
         "fingerprint": fingerprint,
         "swept": swept,
         "swept_folder": lambda: re.sub(r"[^\w.,+-]+", "_", swept()).strip("_"),
         "sweep_dir": lambda group, scale, fresh: (
             f"runs/sweeps/{group}" + (f"/{scale}" if scale else "") if group else str(fresh)
         ),
-        "run_dir": lambda resume, fresh: str(resume) if resume else str(fresh),
+        "run_dir": lambda resume, fresh: str(resume or of_slurm_step(str(fresh))),
         "hydra_subdir": lambda resume: ".hydra_resumed" if resume else ".hydra",
+        "record_if": lambda keep_ids: ".hydra" if keep_ids else None,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def of_slurm_step(folder: str) -> str:
+    """A run's folder, named by the job where srun has started this process, and not by the time.
+
+    So all its ranks have one, and find it again when the job is put back into the queue.
+    """
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    if job is None or step is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return folder
+    return str(Path(folder).with_name(f"slurm_{job}_{step}"))
 
 
 def swept() -> str:
@@ -100,6 +119,15 @@ def fastest_precision() -> str:
     return "bf16-mixed" if is_native else "32-true"
 
 
+def determinism() -> bool | str:
+    """True; ``warn`` where there is a GPU, for which PyTorch lacks some kernels that repeat.
+
+    Those are said in a warning, where true would stop the run: sums along an axis and medians, in
+    scores.
+    """
+    return "warn" if torch.cuda.is_available() else True
+
+
 def fingerprint(node: Any) -> str:
     """Eight characters that differ when a piece of configuration does."""
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -107,8 +135,9 @@ def fingerprint(node: Any) -> str:
 
 
 _EXPECTED = (
-    ValueError, FileNotFoundError, FileExistsError, ConnectionError, MissingMandatoryValue
-)  # fmt: skip
+    *(ValueError, FileNotFoundError, FileExistsError, ConnectionError),
+    *(MissingMandatoryValue, MisconfigurationException),
+)
 
 
 class Refused(Exception):
@@ -152,17 +181,21 @@ def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig],
 
     @functools.wraps(main)
     def explained(cfg: DictConfig) -> Any:
+        shown = without_names(cfg)
         try:
-            return main(cfg)
-        except (*_EXPECTED, InstantiationException) as error:
+            with nameless_logs(shown):
+                return main(cfg)
+        except (*_EXPECTED, InstantiationException, RuntimeError, MemoryError) as error:
             cause: BaseException = error
             while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
                 cause = cause.__cause__
+            if is_out_of_memory(cause):
+                cause = ValueError(out_of_memory(cause))
             if not isinstance(cause, _EXPECTED) or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             if isinstance(cause, MissingMandatoryValue):
                 cause = ValueError(f"expected {cause.full_key}=VALUE on the command line, got none")
-            sentence = " ".join(str(cause).split())
+            sentence = shown(" ".join(str(cause).split()))
             print(f"clinfuse: {sentence}", file=sys.stderr)
             if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise Refused(sentence) from None  # FailuresLast lets the other jobs run
@@ -172,27 +205,117 @@ def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig],
     return explained
 
 
+OF_PATIENTS = ("input", "mri", "ct", "brain_mask", "bone_mask", "lesion_mask")
+"""Settings whose paths may name a patient."""
+
+
+def without_names(cfg: DictConfig) -> Callable[[str], str]:
+    """What makes a text fit for a log: paths of scans, where ``keep_ids`` is false, are left out.
+
+    ``<mri>`` stands for what the command line says, and a hash for a patient's folder within
+    ``input``. Where nothing says that names are not to be kept, a text stays as it is.
+    """
+    if OmegaConf.is_missing(cfg, "keep_ids") or cfg.get("keep_ids", True):
+        return str
+    paths: dict[str, str] = {}
+    names: list[str] = []
+    for setting in OF_PATIENTS:
+        if OmegaConf.is_missing(cfg, setting) or not cfg.get(setting):
+            continue
+        given = Path(str(cfg[setting]))
+        for place in (given, given.absolute(), given.resolve()):
+            if len(place.parent.parts) > 1:
+                paths.setdefault(str(place.parent), f"<{setting}>/..")
+            paths[str(place)] = f"<{setting}>"
+        if setting == "input" and given.is_dir():
+            names = [each.name for each in given.iterdir() if each.is_dir()]
+    salt = str(cfg.get("salt") or "")
+
+    def shown(text: str) -> str:
+        for path in sorted(paths, key=len, reverse=True):
+            text = text.replace(path, paths[path])
+        return without_identity(text, names, salt)
+
+    return shown
+
+
+@contextlib.contextmanager
+def nameless_logs(shown: Callable[[str], str]) -> Iterator[None]:
+    """Whatever is logged meanwhile, by whomever, is logged as ``shown``."""
+
+    def rewrite(record: logging.LogRecord) -> bool:
+        record.msg, record.args = shown(record.getMessage()), ()
+        return True
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(rewrite)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(rewrite)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to do where memory ran out and windows did not help."""
+    said = (str(error).splitlines() or ["none left"])[0]
+    if said.startswith("memory ran out"):  # a network that was evaluated in windows
+        return said
+    return (
+        f"memory ran out ({said}): expected in training a smaller data.patch_shape or "
+        f"data.batch_size (trainer.accumulate_grad_batches makes up for it) or a smaller network, "
+        f"in fusing and scoring a smaller memory_gb or fewer members"
+    )
+
+
 def run_config(folder: str | Path) -> DictConfig:
-    """The configuration that a run was made with.
+    """The configuration that a run was made with, checked as one that a stranger may have written.
 
     Raises:
         FileNotFoundError: the folder is no run's.
-        ValueError: its configuration cannot be read, or is none.
+        ValueError: its configuration cannot be read, is none, or names what ``conf`` does not
+            (see ``allowed``).
     """
     path = Path(folder) / ".hydra" / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(
             f"expected a run folder with .hydra/config.yaml, found none in {folder}"
         )
-    try:
-        cfg = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"expected a run's configuration, got {type(error).__name__}: {path}"
-        ) from error
+    cfg = checked_config(read_text(path), path)
     if not isinstance(cfg, DictConfig) or not {"method", "data"} <= set(cfg):
         raise ValueError(f"expected a run's configuration with method and data, got none: {path}")
     return cfg
+
+
+def checked_config(text: str, path: Path) -> Any:
+    """A configuration that somebody wrote, nothing in it resolved, refused if it may do harm.
+
+    Raises:
+        ValueError: it cannot be read, or names what ``conf`` does not (see ``allowed``).
+    """
+    check_text(text, path)
+    try:
+        cfg = OmegaConf.load(io.StringIO(text))
+        plain = OmegaConf.to_container(cfg, resolve=False)
+    except Exception as error:  # what is no configuration may fail in any way
+        raise ValueError(
+            f"expected a run's configuration, got {type(error).__name__}: {path}"
+        ) from error
+    check_named(plain, path, Path(CONFIG_PATH))
+    return cfg
+
+
+def read_text(path: Path) -> str:
+    """A text in UTF-8, as we write them.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected a text in UTF-8, got other bytes: {path}") from error
 
 
 def checkpoint_of(folder: str | Path) -> Path:
@@ -300,37 +423,109 @@ def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no run, no checkpoint, or its lesion head has moved.
-        ValueError: the checkpoint cannot be read, or is of another architecture.
+        ValueError: the configuration does not build a method; the checkpoint cannot be read, or is
+            of another architecture.
     """
     cfg = run_config(folder) if cfg is None else cfg
-    path = checkpoint_of(folder)
+    weights = weights_of(folder)
     try:
-        method = build_method(cfg)
+        with building(folder):
+            method = build_method(cfg)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} was trained with a lesion head whose files are gone: {error} "
             f"(put it back, or correct lesion_head in {Path(folder) / '.hydra' / 'config.yaml'})"
         ) from error
-    state = checkpoint_content(path)["state_dict"]
-    with expecting(f"the weights of {cfg.method_name}", path):
-        method.load_state_dict(state)
-    add_draws(method, path.parent)
+    with expecting(f"the weights of {cfg.get('method_name')}", weights.path):
+        method.load_state_dict(weights.state)
+    if hasattr(method, "add_draw"):
+        for draw in weights.draws:
+            with expecting("model draws of this run", weights.path.parent):
+                method.add_draw(draw)
     return method.eval()
+
+
+class Weights(NamedTuple):
+    """What a run has learned.
+
+    Attributes:
+        path: of the file.
+        state: of the method, as ``load_state_dict`` takes it.
+        draws: the model draws, of a run that kept some.
+    """
+
+    path: Path
+    state: dict[str, torch.Tensor]
+    draws: list[dict[str, torch.Tensor]]
+
+
+def weights_of(folder: str | Path) -> Weights:
+    """A run's weights: of its last checkpoint, else of the safetensors that were made of it.
+
+    Raises:
+        FileNotFoundError: it has neither.
+        ValueError: they cannot be read.
+    """
+    exported = Path(folder) / EXPORTED
+    try:
+        path = checkpoint_of(folder)
+    except FileNotFoundError:
+        if not exported.is_file():
+            raise
+        return read_exported(exported)
+    return Weights(path, checkpoint_content(path)["state_dict"], read_draws(path.parent))
+
+
+def read_exported(path: Path) -> Weights:
+    """What ``clinfuse.export`` has written.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read.
+    """
+    state: dict[str, torch.Tensor] = {}
+    draws: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in read_safetensors(path)[0].items():
+        draw, is_draw, weight = name.rpartition("/")
+        (draws.setdefault(draw, {}) if is_draw else state)[weight] = tensor
+    return Weights(path, state, [draws[draw] for draw in sorted(draws)])
+
+
+@contextlib.contextmanager
+def building(folder: str | Path) -> Iterator[None]:
+    """Building what a run's configuration describes, which may go wrong in any way.
+
+    Raises:
+        ValueError: the same in one sentence, with the file; what is one already passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, _EXPECTED):
+            raise
+        reason = shorten(" ".join(f"{type(cause).__name__}: {cause}".split()), 200)
+        raise ValueError(
+            f"expected a configuration that builds, got {reason}: "
+            f"{Path(folder) / '.hydra' / 'config.yaml'}"
+        ) from error
 
 
 def checkpoint_content(path: Path) -> dict[str, Any]:
     """What a run has saved, read without running anything in it.
 
     Raises:
-        ValueError: it cannot be read, or is no checkpoint.
+        ValueError: it cannot be read, was changed since it was written, or is no checkpoint.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of protocols it then cannot read
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_whole(path)
     except Exception as error:
-        raise ValueError(
-            f"expected a readable checkpoint, got {type(error).__name__}: {path}"
-        ) from error
+        sentence = f"expected a readable checkpoint, got {type(error).__name__}: {path}"
+        if path.name != PREVIOUS and path.with_name(PREVIOUS).is_file():
+            sentence += f" (clinfuse.train resume={path.parents[1]} goes on from the one before it)"
+        raise ValueError(sentence) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"expected a run's checkpoint with state_dict, got something else: {path}")
     return content
@@ -349,15 +544,16 @@ def add_draws(method: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def expecting(weights: str, path: Path) -> Iterator[None]:
-    """Loading weights, of which torch says in many lines that they are of another network.
+    """Loading weights, of which torch says in many lines, or in many ways, that they are others.
 
     Raises:
         ValueError: the same in one sentence.
     """
     try:
         yield
-    except RuntimeError as error:
-        reason = shorten(str(error).splitlines()[-1].strip(), 200, placeholder=" …")
+    except Exception as error:  # of what is no tensor where one should be
+        last = (str(error).splitlines() or [type(error).__name__])[-1]
+        reason = shorten(last.strip(), 200, placeholder=" …")
         raise ValueError(f"expected {weights}, got others ({reason}): {path}") from error
 
 
@@ -440,6 +636,7 @@ def quiet_libraries() -> None:
         ".*LeafSpec.*deprecated.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*does not have many workers.*",
+        ".*`srun` command is available on your system but is not used.*",  # of one process
         ".*number of training batches.*smaller than the logging interval.*",
         ".*The total number of parameters detected may be inaccurate.*",
         ".*You're using the WeightAveraging callback, but.*",

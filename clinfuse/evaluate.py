@@ -1,14 +1,21 @@
-"""Score runs and rules on the same perturbed cases: ``python -m clinfuse.evaluate run=RUN``."""
+"""Score runs and rules on the same perturbed cases: ``python -m clinfuse.evaluate run=RUN``.
+
+With ``shared=true out=FOLDER`` each case's rows are kept by themselves: any number of the same
+command share the cases and may stop and start, and the last one writes the table.
+"""
 
 import json
 import logging
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
+import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
@@ -16,10 +23,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from clinfuse.callbacks.calibration import read_calibration
+from clinfuse.callbacks.ranks import alone
 from clinfuse.callbacks.recorder import CaseRecorder
 from clinfuse.configuration import (
     CONFIG_PATH,
+    checkpoint_of,
     choice_was_made,
+    fingerprint,
     in_one_sentence,
     is_sampled_as_trained,
     lesion_head_of,
@@ -33,13 +43,15 @@ from clinfuse.configuration import (
     trained_method,
     with_other_guidance,
 )
+from clinfuse.data.one_case import OneCase
 from clinfuse.data.splits import read_splits
+from clinfuse.data.worklist import Worklist, begun_alike, digest_of, share_of
 from clinfuse.metrics.calibration import Calibration
 from clinfuse.networks.windows import limit_memory, windows_used
 from clinfuse.reporting.atomic import write_atomically
 from clinfuse.reporting.card import write_run_card
 from clinfuse.reporting.collection import Scored, merged
-from clinfuse.reporting.rows import read_rows, write_rows
+from clinfuse.reporting.rows import CASE_COLUMNS, read_rows, write_rows
 from clinfuse.reporting.tables import (
     KEPT_SCORES,
     headline,
@@ -50,6 +62,9 @@ from clinfuse.reporting.tables import (
 
 log = logging.getLogger(__name__)
 register_resolvers()
+
+Scoring = tuple[str, str, int, Any, Calibration | None]
+"""Name, preset, seed, method and calibration of what is scored."""
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="evaluate")
@@ -90,14 +105,16 @@ def main(cfg: DictConfig) -> None:
         facts=facts,
         title="Evaluation: " + ", ".join(name for name, *_ in methods),
     )
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=[recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        _convert_="all",
-    )
+    if cfg.shared or cfg.shard is not None:
+        score_shared(cfg, methods, data, recorder, runs)
+    else:
+        score(cfg, methods, data, recorder)
+        write_evaluation(cfg, data, recorder)
+
+
+def score(cfg: DictConfig, methods: Sequence[Scoring], data: Any, recorder: CaseRecorder) -> None:
+    """Test every method on all cases of ``data``, into the recorder."""
+    trainer = trainer_of(cfg, recorder)
     for name, preset, seed, method, calibration in methods:
         recorder.method, recorder.preset, recorder.seed = name, preset, seed
         recorder.calibration = calibration
@@ -106,6 +123,24 @@ def main(cfg: DictConfig) -> None:
         trainer.test(method, datamodule=data, verbose=False)
         if windows := windows_used(method):
             print(f"{name} was evaluated in windows: {windows}")
+
+
+def trainer_of(cfg: DictConfig, *callbacks: Any) -> lightning.Trainer:
+    """What tests, on its device."""
+    trainer: lightning.Trainer = instantiate(
+        cfg.trainer,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        **alone(cfg.trainer.devices),
+        _convert_="all",
+    )
+    return trainer
+
+
+def write_evaluation(cfg: DictConfig, data: Any, recorder: CaseRecorder) -> None:
+    """cases.csv, report.html and what else an evaluation's folder has."""
     data.write_splits(Path(cfg.out) / "splits.json")
     record = {**run_facts(), "seed": cfg.seed, "data": {"root": str(data.root)}}
     write_atomically(Path(cfg.out) / "facts.json", json.dumps(record, indent=1) + "\n")
@@ -113,10 +148,88 @@ def main(cfg: DictConfig) -> None:
     write_run_card(Path(cfg.out))
 
 
+def score_shared(
+    cfg: DictConfig,
+    methods: Sequence[Scoring],
+    data: Any,
+    recorder: CaseRecorder,
+    runs: Sequence[str],
+) -> None:
+    """Score this worker's cases, one by one into ``rows/CASE``, and all together if none is left.
+
+    The table is that of one worker but for seconds; the report has no pictures of cases.
+    """
+    out = Path(cfg.out)
+    if not choice_was_made("out"):
+        raise ValueError("expected out=FOLDER, the same for all that share the cases, got none")
+    data.setup("test")  # what cannot be tested is said now, of all cases
+    agree(cfg, runs)
+    recorder.pictures = 0
+    worklist = Worklist(out / "rows", data.splits["test"], share_of(cfg.shard, os.environ))
+
+    def make(case: str, scratch: Path) -> None:
+        score(cfg, methods, OneCase(data, case), recorder)
+        write_rows(scratch / "cases.csv", recorder.rows)
+        for kept in (recorder.rows, recorder.views, recorder.pairs):
+            kept.clear()
+        print(f"scored: {case}", flush=True)
+
+    worklist.go(make)
+    failed = worklist.failed
+    for case, reason in failed.items():
+        print(f"clinfuse: failed: {case}: {reason}", file=sys.stderr)
+    with worklist.alone():
+        if len(worklist.done) == len(worklist.cases):
+            recorder.rows = in_order([worklist.folder / case for case in worklist.cases])
+            recorder.levels = {c.level for *_, c in methods if c is not None}
+            recorder.reliability.clear()  # of this worker's cases alone
+            write_evaluation(cfg, data, recorder)
+    print(f"{len(worklist.done)} of {len(worklist.cases)} cases scored")
+    if failed:
+        sys.exit(1)
+
+
+def agree(cfg: DictConfig, runs: Sequence[str]) -> None:
+    """Have all workers score alike: what is asked for, and the first one's precision and memory.
+
+    Raises:
+        ValueError: ``out`` is of another evaluation.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    asked = {name: value for name, value in plain.items() if name not in _OF_A_WORKER}
+    own = {
+        "key": fingerprint([asked, digest_of(map(checkpoint_of, runs))]),
+        "commit": run_facts()["commit"],
+        "precision": cfg.trainer.precision,
+        "memory_gb": memory_budget(cfg.memory_gb, trainer_of(cfg).strategy.root_device),
+    }
+    begun = begun_alike(Path(cfg.out) / "evaluation.json", own)
+    cfg.trainer.precision, cfg.memory_gb = begun["precision"], begun["memory_gb"]
+
+
+_OF_A_WORKER = ("out", "shard", "shared", "cache_dir", "trainer", "memory_gb")
+
+
+def in_order(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of cases, one folder each, in the order in which one worker would have made them."""
+    rows = pd.concat(
+        [read_rows(folder / "cases.csv").assign(case=i) for i, folder in enumerate(folders)]
+    )
+    tests = rows[list(_TEST)].apply(tuple, axis=1)
+    order = {test: i for i, test in enumerate(dict.fromkeys(tests))}
+    ordered = rows.assign(test=tests.map(order)).sort_values(["test", "case"], kind="stable")
+    return ordered[list(CASE_COLUMNS)].to_dict("records")
+
+
+_TEST = ("method", "preset", "seed", "misregistration_mm", "perturbation", "amount")
+"""What tells one pass over all cases from another."""
+
+
 def methods_of(
     cfg: DictConfig, runs: Sequence[str], head: nn.Module | None = None
-) -> Iterator[tuple[str, str, int, Any, Calibration | None]]:
-    """Name, preset, seed, method and calibration of all to score.
+) -> Iterator[Scoring]:
+    """All that is to be scored.
 
     Runs come first, then ``method``, then baselines. A run that was trained without a lesion head
     is guided by the one that scores, and is then not sampled as it was calibrated.
@@ -217,4 +330,6 @@ def one_table(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    from clinfuse.evaluate import main as run  # by this name the processes of a launcher find it
+
+    run()

@@ -2,8 +2,12 @@
 
 With ``preset=stroke,bone_tumor`` once under each of these presets, side by side in one report.
 Scans that are DICOM folders are prepared first, as ``clinfuse.prepare`` does it.
+
+A cohort: ``python -m clinfuse.fuse run=RUN studies=FOLDER out=FOLDER``, by one process or by any
+number of the same command at once, which may stop and start.
 """
 
+import os
 import shutil
 import sys
 import tempfile
@@ -22,9 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from clinfuse.callbacks.calibration import read_calibration
+from clinfuse.callbacks.ranks import alone
 from clinfuse.callbacks.recorder import case_view, summary_of
 from clinfuse.configuration import (
     CONFIG_PATH,
+    checkpoint_of,
+    fingerprint,
     in_one_sentence,
     is_sampled_as_trained,
     memory_budget,
@@ -36,14 +43,17 @@ from clinfuse.configuration import (
     with_other_guidance,
 )
 from clinfuse.data.paired_volumes import study_item
-from clinfuse.data.studies import STUDY_FILES, Study, load_pair, load_study
+from clinfuse.data.studies import STUDY_FILES, Study, load_pair, load_study, study_folders
+from clinfuse.data.worklist import Worklist, begun_alike, digest_of, share_of
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.objective import lesion_probability
+from clinfuse.metrics.calibration import Calibration
 from clinfuse.networks.windows import limit_memory, windows_used
 from clinfuse.preparation.derived_series import write_derived_series
 from clinfuse.preparation.identifiers import hashed, is_hashed
 from clinfuse.preparation.reading import read_scan
 from clinfuse.preparation.scan import CaseFiles
+from clinfuse.reporting.atomic import write_atomically
 from clinfuse.reporting.html import write_report
 from clinfuse.reporting.views import CaseView
 from clinfuse.types import ROI_NAMES, FusionBatch
@@ -61,7 +71,25 @@ VOLUMES = (
 )
 """What a fusion can write, each as ``<name>.nii.gz``; only the first two it always does."""
 
+FUSION = "fusion.json"
+"""What a cohort was begun with, in its folder."""
+
 _PRESETS = Path(CONFIG_PATH) / "preset"
+
+
+@dataclass(frozen=True)
+class Fuser:
+    """A run under one preset, ready to fuse.
+
+    Attributes:
+        saved: its configuration.
+        method: with its weights.
+        calibration: where it holds for how the method samples here.
+    """
+
+    saved: DictConfig
+    method: FusionMethod
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -122,16 +150,32 @@ def with_presets_listed(argument: str) -> str:
 def fuse(cfg: DictConfig) -> None:
     """What ``main`` does, past the command line."""
     quiet_libraries()
-    missing = [name for name in ("run", "mri", "ct", "out") if OmegaConf.is_missing(cfg, name)]
+    scans = ("studies",) if cfg.studies is not None else ("mri", "ct")
+    missing = [name for name in ("run", *scans, "out") if OmegaConf.is_missing(cfg, name)]
     if missing:
         asked = " ".join(f"{name}=..." for name in missing)
-        raise ValueError(f"expected run, mri, ct and out on the command line, missing {asked}")
+        raise ValueError(
+            f"expected run, mri, ct (or studies) and out on the command line, missing {asked}"
+        )
     presets, run = presets_asked(cfg), run_config(cfg.run)
+    if run.get("spatial_dims", 3) != 3:  # runs of before it was there are on volumes
+        raise ValueError(
+            f"expected a run on volumes, got one on 2-D pairs, which clinfuse.evaluate fuses: "
+            f"{cfg.run}"
+        )
     settings = [with_preset(run, cfg, preset) for preset in presets or [""]]
-    study = read_study(cfg, run)
+    if cfg.studies is not None:
+        fuse_cohort(settings, cfg)
+    else:
+        fuse_patient(settings, cfg)
+
+
+def fuse_patient(settings: Sequence[DictConfig], cfg: DictConfig) -> None:
+    """One patient's files, under each of the settings, into ``out``."""
+    study = read_study(cfg, settings[0])
     fusions = []
     for saved in settings:
-        fusion = fused_under(saved, study, cfg)
+        fusion = fused_by(fuser_of(saved, cfg), study, cfg)
         fusions.append(fusion)
         folder = Path(cfg.out) / (fusion.preset if len(settings) > 1 else "")
         write_volumes(folder, study, fusion.volumes)
@@ -141,7 +185,84 @@ def fuse(cfg: DictConfig) -> None:
         print(f"evaluated in windows: {windows}")
     for sentence in dict.fromkeys(sentence for fusion in fusions for sentence in fusion.missing):
         print(sentence)
-    print(f"report: {report_of(fusions, study, cfg)}")
+    sources = {scan: str(cfg[scan]) if cfg.keep_ids else study.case_id for scan in ("mri", "ct")}
+    print(f"report: {report_of(fusions, study, Path(cfg.out), cfg, sources)}")
+
+
+def fuse_cohort(settings: Sequence[DictConfig], cfg: DictConfig) -> None:
+    """Every study folder into a folder of its name; ``cases.csv`` says what has become of each.
+
+    Each case is fused as it would be by itself. Ends with status 1 where some could not be.
+    """
+    folders = {folder.name: folder for folder in study_folders(cfg.studies)}
+    out, share = Path(cfg.out), share_of(cfg.shard, os.environ)
+    if out.resolve() == Path(cfg.studies).resolve():
+        raise ValueError(f"expected another folder for out than the studies', got both: {out}")
+    agree(settings, folders, cfg)
+    worklist = Worklist(out, list(folders), share)
+    fusers = [fuser_of(saved, cfg) for saved in settings]
+
+    def make(case: str, scratch: Path) -> None:
+        study = load_study(folders[case], settings[0].data.ct_map, cfg.cache_dir)
+        fusions = [fused_by(fuser, study, cfg) for fuser in fusers]
+        for fusion in fusions:
+            folder = scratch / (fusion.preset if len(fusions) > 1 else "")
+            write_volumes(folder, study, fusion.volumes)
+        report_of(fusions, study, scratch, cfg, dict.fromkeys(("mri", "ct"), case))
+        print(f"fused: {out / case}", flush=True)
+
+    worklist.go(make)
+    with worklist.alone():
+        done, failed = worklist.done, worklist.failed
+        print(f"cases: {write_summary(worklist, done, failed)}")
+    print(f"{len(done)} of {len(folders)} cases fused")
+    if waiting := len(folders) - len(done) - len(failed):
+        print(f"{waiting} are other workers', or wait for one")
+    for case, reason in failed.items():
+        print(f"clinfuse: failed: {case}: {reason}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+def agree(settings: Sequence[DictConfig], folders: Mapping[str, Path], cfg: DictConfig) -> None:
+    """Have all workers fuse alike: by the same run and settings, as the first one began.
+
+    Its precision and its memory's size, where they are its machine's, are for all: volumes that are
+    cut into other windows are not the same to the last digit.
+
+    Raises:
+        ValueError: ``out`` is of another fusion.
+    """
+    out = Path(cfg.out)
+    weights = checkpoint_of(cfg.run)
+    digest = digest_of([weights, *sorted(weights.parent.glob("draw_*"))])
+    asked = [[OmegaConf.to_yaml(saved) for saved in settings], digest, cfg.steps, cfg.members]
+    own = {
+        "key": fingerprint(asked),
+        "run": str(cfg.run),
+        "commit": run_facts()["commit"],
+        "precision": cfg.trainer.precision,
+        "memory_gb": memory_budget(cfg.memory_gb, trainer_of(cfg).strategy.root_device),
+    }
+    if any((out / case).is_dir() for case in folders) and not (out / FUSION).is_file():
+        raise ValueError(f"expected a new folder, or one of this fusion, got another's: {out}")
+    begun = begun_alike(out / FUSION, own)
+    cfg.trainer.precision, cfg.memory_gb = begun["precision"], begun["memory_gb"]
+
+
+def write_summary(worklist: Worklist, done: Sequence[str], failed: Mapping[str, str]) -> Path:
+    """``cases.csv``: each case, what has become of it, where it is, and why it failed."""
+    rows = [
+        {
+            "case_id": case,
+            "state": "fused" if case in done else "failed" if case in failed else "waiting",
+            "folder": str(worklist.folder / case) if case in done else "",
+            "reason": failed.get(case, ""),
+        }
+        for case in worklist.cases
+    ]
+    text = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+    return write_atomically(worklist.folder / "cases.csv", text)
 
 
 def presets_asked(cfg: DictConfig) -> list[str]:
@@ -177,14 +298,8 @@ def read_study(cfg: DictConfig, saved: DictConfig) -> Study:
     DICOM becomes a study folder first, ``out/study``: registered, resampled once, masked.
 
     Raises:
-        ValueError: scans that cannot be prepared, or a run on 2-D pairs, beside what ``load_pair``
-            raises.
+        ValueError: scans that cannot be prepared, beside what ``load_pair`` raises.
     """
-    if saved.get("spatial_dims", 3) != 3:  # runs of before it was there are on volumes
-        raise ValueError(
-            f"expected a run on volumes, got one on 2-D pairs, which clinfuse.evaluate fuses: "
-            f"{cfg.run}"
-        )
     files = {name: Path(cfg[name]) for name in STUDY_FILES if cfg.get(name)}
     name = shown_name(cfg)
     if not any(files[scan].is_dir() for scan in ("mri", "ct")):
@@ -238,14 +353,19 @@ def write_dicom(folder: Path, cfg: DictConfig, preset: str) -> None:
     print(f"DICOM: {len(files)} slices in {folder / 'dicom'}")
 
 
-def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
-    """The patient fused by a run so configured; its noise depends on the run's seed alone."""
+def fuser_of(saved: DictConfig, cfg: DictConfig) -> Fuser:
+    """The run so configured, with the steps and members that the command line asks for."""
     method = trained_method(cfg.run, saved)
     for setting in ("steps", "members"):
         if cfg[setting] is not None:
             setattr(method, setting, int(cfg[setting]))
     is_own = is_sampled_as_trained(saved, cfg.run) and cfg.steps is None and cfg.members is None
-    calibration = read_calibration(cfg.run, method) if is_own else None
+    return Fuser(saved, method, read_calibration(cfg.run, method) if is_own else None)
+
+
+def fused_by(fuser: Fuser, study: Study, cfg: DictConfig) -> Fusion:
+    """The patient fused; the noise depends on the run's seed alone."""
+    saved, method, calibration = fuser.saved, fuser.method, fuser.calibration
     lightning.seed_everything(saved.seed, verbose=False)
     item = study_item(study, torch.eye(4, dtype=torch.float64))
     item.reference = None  # what these scans should fuse to is not known
@@ -301,17 +421,24 @@ def fused_under(saved: DictConfig, study: Study, cfg: DictConfig) -> Fusion:
 
 def sampled(method: FusionMethod, item: FusionBatch, cfg: DictConfig) -> Tensor:
     """``model_draws`` for one study, ``m k 1 1 d h w``, on the trainer's device and precision."""
-    trainer = instantiate(
-        cfg.trainer,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        _convert_="all",
-    )
+    trainer = trainer_of(cfg)
     device = trainer.strategy.root_device
     limit_memory(method, memory_budget(cfg.memory_gb, device))
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return method.to(device).model_draws(item.to(device)).cpu()
+
+
+def trainer_of(cfg: DictConfig) -> lightning.Trainer:
+    """What says on which device to fuse, and how precisely."""
+    trainer: lightning.Trainer = instantiate(
+        cfg.trainer,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        **alone(cfg.trainer.devices),
+        _convert_="all",
+    )
+    return trainer
 
 
 def weights_text(saved: DictConfig, method: FusionMethod, has_lesion: bool) -> str:
@@ -336,20 +463,34 @@ def write_volumes(folder: Path, study: Study, volumes: Mapping[str, Tensor]) -> 
             path.unlink(missing_ok=True)
 
 
-def report_of(fusions: Sequence[Fusion], study: Study, cfg: DictConfig) -> Path:
-    """report.html: the patient, and several presets side by side."""
+def report_of(
+    fusions: Sequence[Fusion],
+    study: Study,
+    out: Path,
+    cfg: DictConfig,
+    sources: Mapping[str, str],
+) -> Path:
+    """report.html: the patient, and several presets side by side.
+
+    Args:
+        fusions: under each preset.
+        study: what was fused.
+        out: the report's folder.
+        cfg: of the command line.
+        sources: what the report calls the MRI and the CT.
+    """
     first, is_one = fusions[0], len(fusions) == 1
     facts: dict[str, Any] = {
         "run": str(cfg.run),
         "preset" if is_one else "presets": ", ".join(fusion.preset for fusion in fusions),
         **({"weights": first.weights} if is_one else {}),
         **shared_facts(fusions),
-        "mri": str(cfg.mri) if cfg.keep_ids else study.case_id,
-        "ct": f"{cfg.ct if cfg.keep_ids else study.case_id} ({study.ct_units})",
+        "mri": sources["mri"],
+        "ct": f"{sources['ct']} ({study.ct_units})",
         "masks": ", ".join(f"{roi}: {source}" for roi, source in study.mask_source.items()),
         **run_facts(),
     }
-    path, title = Path(cfg.out) / "report.html", f"Fusion of {study.case_id}"
+    path, title = out / "report.html", f"Fusion of {study.case_id}"
     if is_one:
         return write_report(path, title, [first.view], {}, facts)
     item = study_item(study, torch.eye(4, dtype=torch.float64))

@@ -113,7 +113,8 @@ def prepare(
 ) -> tuple[list[Prepared], list[Unusable]]:
     """The cases one by one; what is wrong with one of them does not stop the others.
 
-    The log, which stays with the user, calls cases and files by their names; nothing else does.
+    Cases are called by their numbers and, like everything that is written, by their hashes unless
+    names are kept.
 
     Raises:
         ValueError: the disk is full, which would stop them all.
@@ -121,7 +122,8 @@ def prepare(
     studies: list[Prepared] = []
     unusable: list[Unusable] = []
     for number, case in enumerate(cases, 1):
-        name, known_as = preparation.names(case)[0], f"{number} of {len(cases)}: {case.case_id}"
+        name = preparation.names(case)[0]
+        known_as = f"{number} of {len(cases)}: {name}"
         try:
             study = preparation(case, output)
         except (OSError, ValueError) as error:
@@ -131,7 +133,7 @@ def prepare(
                     f"{len(cases)}: {output}; make room and run the same command again"
                 ) from error
             unusable.append(Unusable(name, preparation.said_of(case, error)))
-            log.warning("%s cannot be used: %s", known_as, error)
+            log.warning("%s cannot be used: %s", known_as, preparation.said_of(case, error))
             continue
         studies.append(study)
         state = study.quality.verdict + (", there already" if study.was_there else "")

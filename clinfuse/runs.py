@@ -5,7 +5,7 @@ sample and in what they are tested on alone share one training.
 """
 
 import json
-import os
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from clinfuse.callbacks.checkpoint import PREVIOUS, linked
 from clinfuse.configuration import CHECKPOINT, checkpoint_content, fingerprint
 from clinfuse.data.made_once import one_at_a_time
 from clinfuse.reporting.atomic import write_atomically
+
+log = logging.getLogger(__name__)
 
 STATE = "run.json"
 
@@ -26,6 +29,9 @@ _SAY_NOTHING = (
     *("tags", "resume", "trainings", "logger", "callbacks"),
 )
 """Settings that change neither weights nor scores; of the callbacks some do."""
+
+_PLACES = ("default_root_dir", "use_distributed_sampler")
+"""What a Trainer is told that changes neither; a sampler is ours, on however many processes."""
 
 _DECIDING: Mapping[str, Sequence[str]] = {"ema": ("decay",), "model_draws": ("fractions",)}
 _SCORING: Mapping[str, Sequence[str]] = {"report": ("mask_source",)}
@@ -67,7 +73,7 @@ def run_key(cfg: DictConfig) -> str:
     """Differs between configurations whose weights or scores may differ."""
     plain = _resolved(cfg)
     kept = {name: value for name, value in plain.items() if name not in _SAY_NOTHING}
-    kept["trainer"] = {k: v for k, v in plain["trainer"].items() if k != "default_root_dir"}
+    kept["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in _PLACES}
     return fingerprint(kept | _of_callbacks(plain, {**_DECIDING, **_SCORING}))
 
 
@@ -134,20 +140,35 @@ def read_state(folder: Path) -> State | None:
         return None
     try:
         return State(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"expected a run's record, got one that cannot be read: {path}") from error
 
 
 def own_checkpoint(folder: Path) -> Path | None:
     """The checkpoint to go on from, of a run that was interrupted; None where it saved none.
 
+    One that is damaged gives way to the one before it, which is said.
+
     Raises:
-        ValueError: it cannot be read.
+        ValueError: neither can be read.
     """
     path = folder / CHECKPOINT
-    if not path.is_file():
+    before = path.with_name(PREVIOUS)
+    if path.is_file():
+        try:
+            checkpoint_content(path)
+            return path
+        except ValueError:
+            if not before.is_file():
+                raise
+            damage = f"expected a readable checkpoint, got a damaged one: {path}"
+    elif before.is_file():
+        damage = f"expected a checkpoint at {path}, found none"
+    else:
         return None
-    checkpoint_content(path)
+    checkpoint_content(before)
+    linked(before, path)
+    log.warning("%s: this run goes on from the one saved before it", damage)
     return path
 
 
@@ -155,7 +176,8 @@ def own_checkpoint(folder: Path) -> Path | None:
 def shared_training(trainings: Path, key: str, folder: Path) -> Iterator[Path | None]:
     """The folder of a finished run with the same training, or None: then train, and it is shared.
 
-    Who comes meanwhile with the same key waits; a process that dies lets the next one in.
+    Who comes meanwhile with the same key waits; a process that dies lets the next one in. A
+    checkpoint that is damaged is said, and trained anew.
 
     Args:
         trainings: the folder that remembers, by key, who has trained what.
@@ -166,7 +188,7 @@ def shared_training(trainings: Path, key: str, folder: Path) -> Iterator[Path | 
     with one_at_a_time(trainings / f"{key}.lock"):
         trained = Path(json.loads(record.read_text())["folder"]) if record.is_file() else None
         is_there = trained is not None and (trained / CHECKPOINT).is_file()
-        if is_there and trained != folder.resolve():
+        if is_there and trained != folder.resolve() and _is_readable(trained / CHECKPOINT):
             yield trained
             return
         yield None
@@ -183,13 +205,18 @@ def adopt_training(trained: Path, folder: Path) -> None:
     """
     own = folder / CHECKPOINT.parent
     own.mkdir(parents=True, exist_ok=True)
+    (own / PREVIOUS).unlink(missing_ok=True)
     for file in sorted((trained / CHECKPOINT.parent).iterdir()):
-        scratch = own / f".{file.name}.{os.getpid()}.tmp"
-        try:
-            os.link(file, scratch)
-        except OSError:
-            shutil.copyfile(file, scratch)
-        scratch.replace(own / file.name)
-        scratch.unlink(missing_ok=True)  # of a link onto itself nothing is renamed
+        if file.name != PREVIOUS and not file.name.startswith("."):
+            linked(file, own / file.name)
     if (trained / "cost.json").is_file():
         shutil.copyfile(trained / "cost.json", folder / "cost.json")
+
+
+def _is_readable(checkpoint: Path) -> bool:
+    try:
+        checkpoint_content(checkpoint)
+    except ValueError as error:
+        log.warning("%s: trained anew", error)
+        return False
+    return True

@@ -15,6 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clinfuse.allowed import check_references
 from clinfuse.configuration import (
     CONFIG_PATH,
     LESION_HEAD,
@@ -347,6 +348,7 @@ def _resolved(node: Any) -> dict[str, Any]:
     if not OmegaConf.is_config(node):
         return {}
     try:
+        check_references(OmegaConf.to_container(node, resolve=False), CONFIG)
         plain = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"has a configuration of data that cannot be read ({error})") from error
@@ -394,7 +396,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"has a {path.name} that cannot be read: {path}") from error
     return content if isinstance(content, dict) else {}
 

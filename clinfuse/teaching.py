@@ -1,14 +1,16 @@
 """From a teacher's run to its student's: ``method=distill teacher=RUN``."""
 
-import shutil
+import io
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from clinfuse.configuration import run_config, trained_method
+from clinfuse.configuration import run_config, trained_method, weights_of
 from clinfuse.data.splits import read_splits_file
+from clinfuse.reporting.atomic import write_atomically
 
 TEACHER = "clinfuse.methods.roi_diffusion.RoiDiffusion"
 STUDENT = "clinfuse.methods.distilled.DistilledFusion"
@@ -94,6 +96,7 @@ def check_patients(teacher: str | Path, data: Any) -> None:
 def learn_from(teacher: str | Path, student: Any, folder: Path) -> None:
     """Give a student its teacher's weights, and its folder the teacher's model draws."""
     student.learn_from(trained_method(teacher))
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for draw in sorted((Path(teacher) / "checkpoints").glob("draw_*_stage_*.pt")):
-        shutil.copy(draw, folder / "checkpoints")
+    for number, draw in enumerate(weights_of(teacher).draws):
+        content = io.BytesIO()
+        torch.save(draw, content)
+        write_atomically(folder / "checkpoints" / f"draw_{number}_stage_0.pt", content.getvalue())

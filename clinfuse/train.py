@@ -3,18 +3,23 @@
 import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 from clinfuse.callbacks.calibration import CalibrationFit, read_calibration
+from clinfuse.callbacks.checkpoint import RunCheckpoint
+from clinfuse.callbacks.interruption import Interruptions
 from clinfuse.callbacks.loggers import all_of
+from clinfuse.callbacks.ranks import Silent, alone, gather, is_first, part, starts_its_own
 from clinfuse.callbacks.recorder import CaseRecorder
 from clinfuse.configuration import (
     CHECKPOINT,
@@ -28,6 +33,7 @@ from clinfuse.configuration import (
     register_resolvers,
     run_config,
     run_facts,
+    trained_method,
 )
 from clinfuse.metrics.calibration import Calibration
 from clinfuse.reporting.atomic import write_atomically
@@ -53,7 +59,8 @@ def main(cfg: DictConfig) -> float | None:
     quiet_libraries()
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume:
-        checkpoint_content(checkpoint_of(cfg.resume))  # before the run's record is written anew
+        if own_checkpoint(Path(cfg.resume)) is None:  # before the run's record is written anew
+            checkpoint_of(cfg.resume)
         cfg = resumed(cfg)
         state = State(run_key(cfg), config=OmegaConf.to_yaml(cfg))
     else:
@@ -64,7 +71,8 @@ def main(cfg: DictConfig) -> float | None:
         if cfg.lesion_head is not None:
             cfg.lesion_head = str(Path(cfg.lesion_head).resolve())  # wherever it is read from
         state = begun(folder, cfg)
-        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+        if is_first():
+            OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
         if state.is_finished:
             print(f"finished before: {folder}", flush=True)
             return state.objective
@@ -83,27 +91,31 @@ def main(cfg: DictConfig) -> float | None:
         log.info(
             "no lesion head (lesion_head=FOLDER names one): gamma is off, lesion rows are left out"
         )
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=all_of(instantiate(cfg.callbacks, _convert_="all")),
-        logger=all_of(instantiate(cfg.logger, _convert_="all")),
-        _convert_="all",
-    )
-    state.write(folder)
-    facts = {**run_facts(), "seed": cfg.seed, "data": data.describe()}
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-    data.write_splits(folder / "splits.json")
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    for logger in trainer.loggers:
-        logger.log_hyperparams({**settings, "facts": facts})
+    trainer = trainer_of(cfg)
+    if method.is_trainable:
+        gather_ranks(trainer)
+    facts: dict[str, Any] = {}
+    if is_first():
+        facts = {**run_facts(), "seed": cfg.seed, "data": data.describe()}
+        write_record(cfg, state, facts, data, folder)
+        settings = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(settings, dict)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**settings, "facts": facts})
     if method.is_trainable:
         trainings = None if cfg.get("trainings") is None else Path(cfg.trainings)
         train(method, data, trainer, folder, trainings, training_key(cfg))
-    add_draws(method, folder / "checkpoints")
-    if cfg.get("validate") and cfg.objective_metric not in trainer.callback_metrics:
+    part(trainer)
+    if not is_first():
+        return None
+    if trainer.world_size > 1:
+        trainer = first_rank_alone(cfg, trainer)
+        method = trained_method(folder, cfg) if method.is_trainable else method
+    else:
+        add_draws(method, folder / "checkpoints")
+    if cfg.get("validate") and last_measured(trainer, cfg.objective_metric) is None:
         trainer.validate(method, datamodule=data, verbose=False)
-    objective = trainer.callback_metrics.get(cfg.objective_metric)
+    objective = last_measured(trainer, cfg.objective_metric)
     calibration = calibrated(cfg, method, data, folder)
     if cfg.test:
         for recorder in (c for c in trainer.callbacks if isinstance(c, CaseRecorder)):
@@ -113,9 +125,59 @@ def main(cfg: DictConfig) -> float | None:
         trainer.test(method, datamodule=data, verbose=False)
         if (folder / "report.html").exists():
             print(f"report: {folder / 'report.html'}")
-    value = None if objective is None else float(objective)
-    state._replace(is_finished=True, objective=value).write(folder)
-    return value
+    state._replace(is_finished=True, objective=objective).write(folder)
+    return objective
+
+
+def trainer_of(cfg: DictConfig) -> Any:
+    """What trains, with callbacks and loggers; of several ranks the first alone has loggers."""
+    return instantiate(
+        cfg.trainer,
+        callbacks=all_of(instantiate(cfg.callbacks, _convert_="all")),
+        logger=all_of(instantiate(cfg.logger, _convert_="all")) if is_first() else [Silent()],
+        _convert_="all",
+    )
+
+
+def gather_ranks(trainer: Any) -> None:
+    """Wait until all that train together are here.
+
+    Raises:
+        ValueError: a sweep whose jobs would have to start their own: the second could not.
+    """
+    if starts_its_own(trainer) and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError(
+            f"expected one training at a time on {trainer.world_size} processes, or a sweep whose "
+            "jobs Slurm starts that many of (hydra/launcher=slurm), got a sweep on this machine"
+        )
+    gather(trainer)
+
+
+def first_rank_alone(cfg: DictConfig, trainer: Any) -> Any:
+    """A trainer that goes on by itself where all ranks have ended training: Lightning's advice.
+
+    It has the same callbacks and loggers, and has come as far.
+    """
+    own = instantiate(
+        cfg.trainer,
+        callbacks=[c for c in trainer.callbacks if not isinstance(c, WeightAveraging)],
+        logger=trainer.loggers,
+        **alone(cfg.trainer.devices),
+        _convert_="all",
+    )
+    own.fit_loop.load_state_dict(trainer.fit_loop.state_dict())
+    return own
+
+
+def write_record(
+    cfg: DictConfig, state: State, facts: dict[str, Any], data: Any, folder: Path
+) -> None:
+    """What the run's folder says of itself: ``run.json``, ``facts.json`` and the split."""
+    if not cfg.resume:  # once more: each of several ranks has put Hydra's own there meanwhile
+        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    state.write(folder)
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    data.write_splits(folder / "splits.json")
 
 
 def train(
@@ -126,16 +188,50 @@ def train(
     Where ``trainings`` remembers a run with the same training, its weights are taken instead.
     """
     with contextlib.ExitStack() as stack:
-        if trainings is not None:
+        trained = None
+        if trainings is not None and is_first():
             trained = stack.enter_context(shared_training(trainings, key, folder))
-            if trained is not None:
+        trained = trainer.strategy.broadcast(trained)
+        if trained is not None:
+            if is_first():
                 log.info("trained before, with the same data and settings: %s", trained)
                 adopt_training(trained, folder)
                 method.load_state_dict(checkpoint_content(folder / CHECKPOINT)["state_dict"])
-                return
-        trainer.fit(method, datamodule=data, ckpt_path=own_checkpoint(folder), weights_only=True)
-        cost = training_cost(trainer)
-        write_atomically(folder / "cost.json", json.dumps(cost, indent=1) + "\n")
+            return
+        with losing_a_worker(folder):
+            checkpoint = own_checkpoint(folder)
+            trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if is_first():
+            cost = training_cost(trainer)
+            write_atomically(folder / "cost.json", json.dumps(cost, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def losing_a_worker(folder: Path) -> Iterator[None]:
+    """Training with data from other processes, of which torch says in many lines that one died.
+
+    Raises:
+        ValueError: the same in one sentence.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"expected data.num_workers processes that draw until the training ends, got one that "
+            f"died, as for want of memory ({reason}): resume={folder} goes on"
+        ) from error
+
+
+def last_measured(trainer: Any, metric: str) -> float | None:
+    """A metric's last value, in this session of the run or in one that was interrupted."""
+    measured = dict(trainer.callback_metrics)
+    for callback in trainer.callbacks:
+        if isinstance(callback, RunCheckpoint):
+            measured = {**callback.metrics, **measured}
+    return float(measured[metric]) if metric in measured else None
 
 
 def training_cost(trainer: Any) -> dict[str, int | float]:
@@ -165,11 +261,12 @@ def calibrated(cfg: DictConfig, method: Any, data: Any, folder: Path) -> Calibra
         return None
     trainer = instantiate(
         cfg.trainer,
-        callbacks=[CalibrationFit(folder, level)],
+        callbacks=[CalibrationFit(folder, level), Interruptions()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         limit_val_batches=1.0,
+        **alone(cfg.trainer.devices),
         _convert_="all",
     )
     trainer.validate(method, datamodule=data, verbose=False)
@@ -208,4 +305,6 @@ def report_facts(cfg: DictConfig, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    from clinfuse.train import main as run  # by this name the processes of a launcher find it
+
+    run()

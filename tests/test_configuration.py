@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def test_the_precision_is_one_that_lightning_knows():
     assert fastest_precision() in ("bf16-mixed", "16-mixed", "32-true")
 
 
+def test_a_trainer_repeats_itself_unless_it_is_told_otherwise(phantoms):
+    """What CUDA's sums need for it is set as well, before anything is computed."""
+    for asked, is_on, only_warns in (
+        ((), True, torch.cuda.is_available()),
+        (("trainer.deterministic=true",), True, False),
+        (("trainer.deterministic=warn",), True, True),
+        (("trainer.deterministic=false",), False, False),
+    ):
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        instantiate(phantoms.config(*phantoms.smoke, *asked).trainer)
+        assert torch.are_deterministic_algorithms_enabled() == is_on
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == only_warns
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if is_on else None)
+
+
 # One sentence.
 
 
@@ -161,7 +177,31 @@ def test_bad_input_inside_a_constructor_is_said_as_plainly(capsys):
     assert stderr.splitlines()[0] == "clinfuse: expected mri_weight in [0, 1], got 7.0"
 
 
-@pytest.mark.parametrize("error", [TypeError("a bug"), KeyError("a bug"), AssertionError("a bug")])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nPlease see"), "CUDA out of memory."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't "),
+        (MemoryError(), "none left"),
+    ],
+)
+def test_memory_that_ran_out_is_said_with_what_takes_less(error, reason, capsys):
+    status, stderr = explained(error, capsys)
+    said, *_ = stderr.splitlines()
+    assert status == 1 and "Traceback" not in stderr
+    assert said.startswith(f"clinfuse: memory ran out ({reason}")
+    assert all(setting in said for setting in ("data.patch_shape", "data.batch_size", "memory_gb"))
+
+
+def test_what_windows_say_of_memory_is_said_as_it_is(capsys):
+    sentence = "memory ran out in the smallest window of FusionUNet"
+    assert explained(MemoryError(sentence), capsys)[1].splitlines()[0] == f"clinfuse: {sentence}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("a bug"), KeyError("a bug"), AssertionError("a bug"), RuntimeError("sizes differ")],
+)
 def test_our_own_bugs_are_not_dressed_up(error):
     @in_one_sentence
     def main(_cfg):
@@ -240,6 +280,32 @@ def test_a_setting_that_has_to_be_given_is_named_on_the_command_line(capsys):
     with pytest.raises(SystemExit):
         wants_a_root(OmegaConf.create({"data": {"root": "???"}}))
     assert "expected data.root=VALUE on the command line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mri_weight": "much"}, {"of": 1}, "weighted", {"_args_": 1}, {"mri_weight": "${gone}"}],
+)
+def test_a_configuration_that_builds_nothing_is_named(change, tmp_path):
+    method = {"_target_": "clinfuse.methods.rules.Weighted", "mri_weight": 0.5}
+    method = {**method, **change} if isinstance(change, dict) else change
+    data = {"_target_": "clinfuse.data.paired_volumes.PairedVolumes", "root": "x"}
+    for part in (".hydra", "checkpoints"):
+        (tmp_path / part).mkdir()
+    path = tmp_path / ".hydra" / "config.yaml"
+    OmegaConf.save({"method": method, "data": data, "lesion_head": None}, path)
+    torch.save({"state_dict": {}}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=f"expected a configuration that builds, got .*: {path}"):
+        trained_method(tmp_path)
+
+
+@pytest.mark.parametrize("state", [torch.ones(1), [1], {"w": 1}, {1: torch.ones(1)}])
+def test_weights_that_are_none_are_refused_by_name(state, tmp_path, phantoms):
+    saved_run(tmp_path, phantoms, "weighted_by_roi")
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(ValueError, match=f"expected the weights of weighted_by_roi.*{path}"):
+        trained_method(tmp_path)
 
 
 def test_a_checkpoint_of_another_network_is_refused(smoke_run):

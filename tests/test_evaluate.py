@@ -239,6 +239,40 @@ def test_a_run_from_before_there_were_perturbations_is_scored_under_them(
     assert tried.tolist() == [[0.0, "", 0.0], [2.0, "noise_std", 0.3]]
 
 
+def test_shared_cases_come_together_as_one_worker_scores_them(phantoms, tmp_path, capsys):
+    cases = [f"case_{number:03d}" for number in range(8)]
+    asked = (
+        "baselines=[maximum,average]", "data=studies", f"data.root={phantoms.root}", "pictures=0",
+        "misregistration_mm=[0,2]", f"+data.splits.train={cases[:1]}", "trainer=default",
+        f"+data.splits.val={cases[1:2]}", f"+data.splits.test={cases[4:]}",
+    )  # fmt: skip
+
+    def scored(out, *overrides):
+        main(phantoms.config(*asked, f"out={out}", *overrides, name="evaluate", folder=tmp_path))
+        return read_rows(out / "cases.csv") if (out / "cases.csv").is_file() else None
+
+    alone, out = scored(tmp_path / "alone"), tmp_path / "shared"
+    assert scored(out, "shared=true", "shard=1/2") is None
+    assert "2 of 4 cases scored" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (out / "rows").glob("*/*.csv")}
+    together = scored(out, "shared=true")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    measured = [
+        rows[rows["metric"] != "seconds"].reset_index(drop=True) for rows in (alone, together)
+    ]
+    pd.testing.assert_frame_equal(*measured, check_exact=True)
+    assert alone["case_id"].tolist() == together["case_id"].tolist()
+    assert (out / "report.html").is_file() and (out / "facts.json").is_file()
+    with pytest.raises(SystemExit):
+        scored(out, "shared=true", "mask_source=none")
+    assert "of the same settings and weights" in capsys.readouterr().err
+
+
+def test_shared_cases_need_a_folder_that_all_name(phantoms, tmp_path, capsys):
+    asked = ("method=average", "data=studies", f"data.root={phantoms.root}", "shared=true")
+    assert "expected out=FOLDER" in refusal(phantoms, tmp_path, capsys, *asked)
+
+
 def test_the_configured_rules_are_built_by_name_alone():
     assert isinstance(rule("maximum"), Maximum) and rule("weighted").mri_weight == 0.7
 

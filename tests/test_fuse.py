@@ -1,8 +1,12 @@
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 import SimpleITK as sitk
@@ -365,6 +369,128 @@ def test_a_fact_that_differs_between_presets_names_them():
     told = "one: calibrated, two: not calibrated"
     assert shared_facts(fusions) == {"draws": "5", "lesion probability": told}
     assert shared_facts(fusions[:1]) == fusions[0].facts
+
+
+# Cohorts.
+
+
+@pytest.fixture(scope="module")
+def studies(phantoms, tmp_path_factory):
+    """Three study folders of the smoke experiment's heads, and one whose CT is missing."""
+    folder = tmp_path_factory.mktemp("studies")
+    for case in ("case_000", "case_001", "case_002"):
+        shutil.copytree(phantoms.root / case, folder / case)
+    shutil.copytree(phantoms.root / "case_003", folder / "case_001_broken")
+    (folder / "case_001_broken" / "ct.nii.gz").unlink()
+    return folder
+
+
+def fuse_cohort(out, run, phantoms, studies, *overrides):
+    """Fuses what can be fused, and returns the status that it ended with."""
+    asked = (f"run={run}", f"studies={studies}", f"out={out}", "members=1", "steps=1", *overrides)
+    with pytest.raises(SystemExit) as exit_:
+        main(phantoms.config(*asked, name="fuse", folder=out.parent / "hydra"))
+    return exit_.value.code
+
+
+def contents(out):
+    """What a cohort's folder holds but for what its workers keep for themselves, and of theirs."""
+    own = {".work", "fusion.json"}  # the second has the first worker's free memory
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in files if not own & {*path.parts}
+    }
+
+
+@pytest.fixture(scope="module")
+def cohort(smoke_run, phantoms, studies, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cohort") / "out"
+    assert fuse_cohort(out, smoke_run, phantoms, studies) == 1
+    return out
+
+
+def test_a_cohort_is_fused_into_a_folder_a_case_and_a_broken_one_keeps_no_other(cohort):
+    assert {path.name for path in cohort.iterdir()} == {
+        "case_000", "case_001", "case_002", "cases.csv", "fusion.json", ".work",
+    }  # fmt: skip
+    names = {"fused.nii.gz", "uncertainty.nii.gz", "epistemic.nii.gz", "report.html"}
+    for case in ("case_000", "case_001", "case_002"):
+        assert {path.name for path in (cohort / case).iterdir()} == names
+    table = pd.read_csv(cohort / "cases.csv", keep_default_na=False).set_index("case_id")
+    assert dict(table["state"]) == {
+        "case_000": "fused", "case_001": "fused", "case_002": "fused", "case_001_broken": "failed",
+    }  # fmt: skip
+    assert "expected ct.nii.gz, found none in" in table.loc["case_001_broken", "reason"]
+    assert table.loc["case_002", "folder"] == str(cohort / "case_002")
+
+
+def test_a_case_of_a_cohort_is_what_it_is_by_itself(cohort, smoke_run, phantoms, studies, tmp_path):
+    alone = tmp_path / "out"
+    files = {name: studies / "case_001" / f"{name}.nii.gz" for name in NAMES}
+    asked = [f"{name}={path}" for name, path in files.items() if path.is_file()]
+    asked += [f"run={smoke_run}", f"out={alone}", "members=1", "steps=1"]
+    main(phantoms.config(*asked, name="fuse", folder=tmp_path / "hydra"))
+    for name in ("fused", "uncertainty", "epistemic"):
+        together = (cohort / "case_001" / f"{name}.nii.gz").read_bytes()
+        assert (alone / f"{name}.nii.gz").read_bytes() == together
+
+
+def test_fixed_shares_together_are_byte_for_byte_what_one_worker_makes(
+    cohort, smoke_run, phantoms, studies, tmp_path, capsys
+):
+    out, one = tmp_path / "out", contents(cohort)
+    status = fuse_cohort(out, smoke_run, phantoms, studies, "shard=0/2")
+    said = capsys.readouterr()
+    assert status == 1 and "1 of 4 cases fused" in said.out  # and of its two, one is broken
+    assert "clinfuse: failed: case_001_broken: expected ct.nii.gz" in said.err
+    before = {path: path.stat().st_mtime_ns for path in out.glob("case_*/*")}
+    assert fuse_cohort(out, smoke_run, phantoms, studies, "shard=1/2") == 1
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    two = contents(out)
+    table = two.pop("cases.csv").decode().replace(str(out), str(cohort))
+    assert table.encode() == one["cases.csv"]
+    assert two == {name: content for name, content in one.items() if name != "cases.csv"}
+
+
+def test_a_cohorts_folder_takes_no_other_fusion_and_no_folder_of_anothers(
+    cohort, smoke_run, phantoms, studies, tmp_path, capsys
+):
+    before = contents(cohort)
+    assert fuse_cohort(cohort, smoke_run, phantoms, studies, "presets=[bone_tumor]") == 1
+    assert "a folder that is new, or of the same settings and weights" in capsys.readouterr().err
+    assert contents(cohort) == before
+    (tmp_path / "out" / "case_000").mkdir(parents=True)
+    assert fuse_cohort(tmp_path / "out", smoke_run, phantoms, studies) == 1
+    assert "expected a new folder, or one of this fusion" in capsys.readouterr().err
+    assert fuse_cohort(studies, smoke_run, phantoms, studies) == 1
+    assert "expected another folder for out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_followed_by_others_who_leave_what_it_has_done(
+    cohort, smoke_run, phantoms, studies, tmp_path
+):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "clinfuse.fuse", f"run={smoke_run}", f"studies={studies}",
+        f"out={out}", "members=1", "steps=1", f"cache_dir={phantoms.cache_dir}",
+        f"hydra.run.dir={tmp_path / 'hydra'}",
+    ]  # fmt: skip
+    first = subprocess.Popen(command)
+    while not (out / "case_000").is_dir():
+        assert first.poll() is None
+        time.sleep(0.005)
+    first.kill()
+    first.wait()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("case_*/*")}
+    assert before
+    others = [subprocess.Popen(command) for _ in range(2)]
+    assert [other.wait() for other in others] == [1, 1]  # of the broken one
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    made, one = contents(out), contents(cohort)
+    assert {name: content for name, content in made.items() if name != "cases.csv"} == {
+        name: content for name, content in one.items() if name != "cases.csv"
+    }
 
 
 # Bad input.

@@ -1,10 +1,12 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
+from clinfuse.callbacks.checkpoint import PREVIOUS
 from clinfuse.configuration import CHECKPOINT
 from clinfuse.runs import (
     STATE,
@@ -18,10 +20,30 @@ from clinfuse.runs import (
     training_key,
 )
 
+BEFORE = CHECKPOINT.with_name(PREVIOUS)
 
-def trained(folder, weights=b"weights"):
-    (folder / CHECKPOINT).parent.mkdir(parents=True)
-    (folder / CHECKPOINT).write_bytes(weights)
+
+def saved(path, step=0):
+    """A checkpoint, as far as anybody reads it here."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {"weight": torch.arange(100.0)}, "global_step": step}, path)
+    return path
+
+
+def step_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def damaged(path):
+    """One bit of a weight is another, of which torch takes no notice."""
+    content = path.read_bytes()
+    place = content.index(torch.arange(100.0).numpy().tobytes()) + 7
+    path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+    torch.load(path, weights_only=True)
+
+
+def trained(folder, step=8):
+    saved(folder / CHECKPOINT, step)
     (folder / "cost.json").write_text('{"training_seconds": 1.0}')
     return folder
 
@@ -96,13 +118,36 @@ def test_a_record_that_cannot_be_read_is_named(content, tmp_path):
 
 def test_a_run_goes_on_from_its_own_checkpoint_and_from_no_damaged_one(tmp_path):
     assert own_checkpoint(tmp_path) is None
-    path = tmp_path / CHECKPOINT
-    path.parent.mkdir()
-    torch.save({"state_dict": {}}, path)
+    path = saved(tmp_path / CHECKPOINT)
     assert own_checkpoint(tmp_path) == path
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="expected a readable checkpoint"):
         own_checkpoint(tmp_path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("harm", [cut, damaged, Path.unlink])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(harm, tmp_path, caplog):
+    path, before = saved(tmp_path / CHECKPOINT, 8), saved(tmp_path / BEFORE, 4)
+    harm(path)
+    assert own_checkpoint(tmp_path) == path and step_of(path) == step_of(before) == 4
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("expected a ") and str(path) in said
+    assert said.endswith("this run goes on from the one saved before it")
+    assert own_checkpoint(tmp_path) == path and len(caplog.records) == 1
+
+
+def test_two_damaged_checkpoints_are_refused_and_neither_is_touched(tmp_path):
+    paths = saved(tmp_path / CHECKPOINT, 8), saved(tmp_path / BEFORE, 4)
+    for path in paths:
+        damaged(path)
+    contents = [path.read_bytes() for path in paths]
+    with pytest.raises(ValueError, match=f"readable checkpoint, got ValueError: {paths[1]}"):
+        own_checkpoint(tmp_path)
+    assert [path.read_bytes() for path in paths] == contents
 
 
 def test_the_first_run_trains_and_those_after_it_take_its_weights(tmp_path):
@@ -115,17 +160,33 @@ def test_the_first_run_trains_and_those_after_it_take_its_weights(tmp_path):
     with shared_training(trainings, "key", second) as found:
         assert found == first
         adopt_training(found, second)
-    assert (second / CHECKPOINT).read_bytes() == b"weights"
     assert os.path.samefile(first / CHECKPOINT, second / CHECKPOINT)
     assert json.loads((second / "cost.json").read_text()) == {"training_seconds": 1.0}
 
 
 def test_what_an_interrupted_run_had_gives_way_to_the_whole_training(tmp_path):
-    whole, interrupted = trained(tmp_path / "whole"), trained(tmp_path / "part", b"half trained")
+    whole, interrupted = trained(tmp_path / "whole", 8), trained(tmp_path / "part", 4)
+    for folder in (whole, interrupted):
+        saved(folder / BEFORE, 2)
+        (folder / BEFORE).with_name(".last.ckpt.1.tmp").touch()
     for _ in range(2):  # again: a link onto itself
         adopt_training(whole, interrupted)
-        assert (interrupted / CHECKPOINT).read_bytes() == b"weights"
-        assert {path.name for path in (interrupted / CHECKPOINT.parent).iterdir()} == {"last.ckpt"}
+        assert step_of(interrupted / CHECKPOINT) == 8
+        names = {path.name for path in (interrupted / CHECKPOINT.parent).iterdir()}
+        assert names == {"last.ckpt", ".last.ckpt.1.tmp"}  # its own, which it clears away itself
+
+
+def test_a_training_whose_checkpoint_is_damaged_is_trained_anew(tmp_path, caplog):
+    trainings, first = tmp_path / "trainings", tmp_path / "first"
+    with shared_training(trainings, "key", first):
+        trained(first)
+    damaged(first / CHECKPOINT)
+    with shared_training(trainings, "key", tmp_path / "second") as found:
+        assert found is None
+        trained(tmp_path / "second")
+    assert str(first / CHECKPOINT) in caplog.text and "trained anew" in caplog.text
+    with shared_training(trainings, "key", tmp_path / "third") as found:
+        assert found == tmp_path / "second"
 
 
 def test_a_training_that_failed_or_whose_folder_is_gone_is_trained_anew(tmp_path):

@@ -11,7 +11,7 @@ from hydra.utils import get_class
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
-from clinfuse.configuration import CONFIG_PATH, FailuresLast, Refused, register_resolvers
+from clinfuse.configuration import CONFIG_PATH, FAILED, FailuresLast, Refused, register_resolvers
 from clinfuse.sweeps import jobs_of
 
 KILLER = """
@@ -134,6 +134,23 @@ def test_a_sweep_at_the_papers_scale_runs_dry_on_a_few_small_heads(entry_point, 
     table = (folder / "table" / "table.md").read_text()
     assert "η 0.05" in table and "η 0" in table
     assert len(list((tmp_path / "trainings").glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_past_a_trial_that_fails_and_names_it(entry_point, phantoms, tmp_path):
+    folder = tmp_path / "search"
+    done = entry_point(
+        "clinfuse.train", "-m", *SMOKE, "sweep=guidance_search", "scale=none",
+        "method.steps=choice(2,-1)", "hydra.sweeper.n_trials=4", "trainer.max_epochs=1",
+        f"cache_dir={phantoms.cache_dir}", f"trainings={tmp_path / 'trainings'}",
+        f"hydra.sweep.dir={folder}", "callbacks.progress=null",
+    )  # fmt: skip
+    failed = list(folder.rglob(FAILED))
+    best = OmegaConf.load(folder / "optimization_results.yaml")
+    assert done.returncode == 1 and 1 <= len(failed) <= 3, done.stderr
+    assert all(f"clinfuse: failed: {path.parent}: " in done.stderr for path in failed)
+    assert best.best_params["method.steps"] == 2 and best.best_value > 0
+    assert len(list(folder.rglob("run.json"))) == 4 - len(failed)
 
 
 def job_return(error):

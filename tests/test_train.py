@@ -11,6 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from clinfuse.callbacks.checkpoint import PREVIOUS
+from clinfuse.callbacks.interruption import Interrupted
 from clinfuse.data.splits import read_splits
 from clinfuse.train import main
 
@@ -18,20 +20,26 @@ TRAINING = ("test=false", "callbacks.report=null", "callbacks.progress=null")
 """A run of ``phantoms.run`` that trains as any other and leaves the pictures out."""
 
 KILLER = """
-import os, pathlib, signal
+import os, pathlib
 from lightning import Callback
 
 class KillAt(Callback):
     \"\"\"Kills the process in the middle of an epoch, once.\"\"\"
 
-    def __init__(self, step, marker):
-        self.step, self.marker = step, pathlib.Path(marker)
+    def __init__(self, step, marker, signum):
+        self.step, self.marker, self.signum = step, pathlib.Path(marker), signum
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.step and not self.marker.exists():
             self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.signum)
 """
+
+
+def kill_at(step, marker, signum):
+    """What a command line is to say for a signal after a step, the first time it is given."""
+    callback = {"_target_": "killer.KillAt", "step": step, "marker": marker, "signum": int(signum)}
+    return [f"+callbacks.kill.{name}={value}" for name, value in callback.items()]
 
 
 def checkpoint(folder):
@@ -123,15 +131,15 @@ def test_a_run_killed_in_an_epoch_and_resumed_ends_as_if_nothing_had_happened(
     folder, cache = tmp_path / "run", f"cache_dir={smoke_run.parent / 'smoke_cache'}"
     killed = entry_point(
         "clinfuse.train", *phantoms.run, *TRAINING, cache, f"hydra.run.dir={folder}",
-        "+callbacks.kill._target_=killer.KillAt", "+callbacks.kill.step=6",
-        f"+callbacks.kill.marker={tmp_path / 'killed'}",
+        *kill_at(6, tmp_path / "killed", signal.SIGKILL),
         PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint(folder)["global_step"] == 4  # an epoch has four steps: it was in the second
     configuration = (folder / ".hydra" / "config.yaml").read_bytes()
 
-    resumed = entry_point("clinfuse.train", f"resume={folder}", PYTHONPATH=str(tmp_path))
+    trusted = {"PYTHONPATH": str(tmp_path), "CLINFUSE_TRUSTED": "killer.KillAt"}
+    resumed = entry_point("clinfuse.train", f"resume={folder}", **trusted)
     assert resumed.returncode == 0, resumed.stderr
     whole, ours = checkpoint(smoke_run), checkpoint(folder)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
@@ -144,6 +152,32 @@ def test_a_run_killed_in_an_epoch_and_resumed_ends_as_if_nothing_had_happened(
     assert (folder / ".hydra" / "config.yaml").read_bytes() == configuration
     assert (folder / ".hydra_resumed" / "overrides.yaml").is_file()
     assert json.loads((folder / "cost.json").read_text())["training_steps"] == 12
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_was_asked_to_end_goes_on_within_the_epoch_by_the_same_command(
+    workers, smoke_run, phantoms, tmp_path, monkeypatch
+):
+    (tmp_path / "killer.py").write_text(KILLER)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "run"
+    command = (
+        *phantoms.run, *TRAINING, f"data.num_workers={workers}",
+        *kill_at(6, tmp_path / "asked", signal.SIGTERM),
+    )  # fmt: skip
+    with pytest.raises(Interrupted) as ended:
+        main(phantoms.config(*command, folder=folder))
+    assert ended.value.code == 143 and checkpoint(folder)["global_step"] == 6
+    main(phantoms.config(*command, folder=folder))
+    whole, ours = checkpoint(smoke_run), checkpoint(folder)
+    for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
+        assert_identical(whole[part], ours[part], part)
+    assert losses(folder) == losses(smoke_run)
+    for draw in (smoke_run / "checkpoints").glob("draw_*.pt"):
+        kept = torch.load(folder / "checkpoints" / draw.name, weights_only=True)
+        assert_identical(torch.load(draw, weights_only=True), kept, draw.name)
+    ours, whole = (json.loads((f / "run.json").read_text()) for f in (folder, smoke_run))
+    assert ours["objective"] == whole["objective"] and ours["is_finished"]
 
 
 def test_a_finished_run_can_be_resumed_for_more_epochs_but_not_as_another_method(
@@ -289,10 +323,23 @@ def test_a_damaged_checkpoint_is_not_resumed_and_the_record_stays(
     folder = tmp_path / "run"
     shutil.copytree(smoke_run, folder)
     last, record = folder / "checkpoints" / "last.ckpt", (folder / "facts.json").read_bytes()
+    last.with_name(PREVIOUS).unlink()
     last.write_bytes(last.read_bytes()[:1000])
     sentence = refusal(phantoms.config(f"resume={folder}", folder=folder), capsys)
     assert f"expected a readable checkpoint, got RuntimeError: {last}" in sentence
     assert (folder / "facts.json").read_bytes() == record
+
+
+def test_a_checkpoint_with_one_before_it_is_trained_again_from_there(
+    smoke_run, phantoms, tmp_path, caplog
+):
+    folder = tmp_path / "run"
+    shutil.copytree(smoke_run, folder)
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    main(phantoms.config(f"resume={folder}", *TRAINING, folder=folder))
+    assert f"{last}: this run goes on from the one saved before it" in caplog.text
+    assert_identical(checkpoint(smoke_run)["state_dict"], checkpoint(folder)["state_dict"])
 
 
 def test_what_cannot_be_tested_is_said_before_the_training(phantoms, tmp_path, capsys):

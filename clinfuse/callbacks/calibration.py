@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
 from clinfuse.callbacks.recorder import summary_of
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.objective import lesion_probability
-from clinfuse.metrics.calibration import Calibration, CalibrationSample
+from clinfuse.metrics.calibration import REGIONS, Calibration, CalibrationSample
 from clinfuse.reporting.atomic import write_atomically
 from clinfuse.types import FusionBatch
 
@@ -62,7 +63,7 @@ class CalibrationFit(Callback):
                 )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.sample.case_ids:
+        if self.sample.case_ids and trainer.is_global_zero:
             at_mm = float(trainer.datamodule.val_misregistration_mm)  # type: ignore[attr-defined]
             assert isinstance(pl_module, FusionMethod)
             fitted = asdict(self.sample.fit(at_mm)) | {VERSION: pl_module.sampling_version}
@@ -83,8 +84,8 @@ def read_calibration(folder: str | Path, method: FusionMethod) -> Calibration | 
     try:
         fitted = json.loads(path.read_text())
         version = fitted.pop(VERSION, 1)
-        calibration = Calibration(**fitted)
-    except (AttributeError, TypeError, json.JSONDecodeError) as error:
+        calibration = _checked(Calibration(**fitted))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"expected a calibration, got {error}: {path}; "
             f"calibrate again by python -m clinfuse.train resume={folder}"
@@ -95,4 +96,25 @@ def read_calibration(folder: str | Path, method: FusionMethod) -> Calibration | 
             "out; python -m clinfuse.train resume=%s calibrates again", folder, folder,
         )  # fmt: skip
         return None
+    return calibration
+
+
+def _checked(calibration: Calibration) -> Calibration:
+    """The same, if all its numbers are there: a file may say anything.
+
+    Raises:
+        ValueError: something else.
+    """
+    for curve in (np.array(calibration.curve[name], float) for name in REGIONS):
+        is_two_rows = curve.ndim == 2 and curve.shape[0] == 2 and curve.shape[1] > 0
+        if not (
+            is_two_rows and np.isfinite(curve).all() and (np.diff(curve[0], prepend=0) > 0).all()
+        ):
+            raise ValueError("a curve that is not of two rows of numbers, the first rising from 0")
+    level, temperature = float(calibration.level), calibration.temperature
+    numbers = [calibration.misregistration_mm, *(calibration.quantile[r] for r in REGIONS)]
+    if not (0 < level < 1 and np.isfinite(np.array(numbers, float)).all()):
+        raise ValueError("a level outside of (0, 1), or quantiles that are no numbers")
+    if temperature is not None and not 0 < float(temperature) < np.inf:
+        raise ValueError(f"a temperature of {temperature}")
     return calibration

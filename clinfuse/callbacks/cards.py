@@ -19,7 +19,9 @@ class RunCards(Callback):
         self.folder = Path(folder)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (self.folder / "cases.csv").is_file():  # a lesion head fuses nothing
+        if (
+            trainer.is_global_zero and (self.folder / "cases.csv").is_file()
+        ):  # a lesion head fuses nothing
             write_model_card(self.folder, about(pl_module))
             write_run_card(self.folder)
 

@@ -70,14 +70,15 @@ class GuidedValidation(Callback):
         if batch.reference is not None:
             whole = brain.new_ones(brain.shape)
             self.metrics["whole_ssim"].update(fused, batch.reference, whole, spacing_mm)
-        if batch_idx == 0 and not trainer.sanity_checking:
+        if batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
             self._draw(trainer, batch, fused, spread)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         defined = {name: m for name, m in self.metrics.items() if int(m.count)}
-        pl_module.log_dict({f"val/{name}": m.compute() for name, m in defined.items()})
+        scores = {f"val/{name}": m.compute() for name, m in defined.items()}
+        pl_module.log_dict(scores, sync_dist=True)
 
     def _draw(
         self, trainer: Trainer, batch: FusionBatch, fused: Tensor, spread: Tensor | None

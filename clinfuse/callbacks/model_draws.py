@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
+from clinfuse.callbacks.checkpoint import read_whole
 from clinfuse.reporting.atomic import write_atomically
 
 
@@ -34,6 +35,8 @@ class ModelDraws(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for draw, stage, prefixes in self._due(trainer, pl_module):
             weights = averaged_weights(trainer, pl_module)
+            if not trainer.is_global_zero:
+                continue
             kept = {name: w.cpu() for name, w in weights.items() if name.startswith(prefixes)}
             content = io.BytesIO()
             torch.save(kept, content)
@@ -70,7 +73,7 @@ def read_draws(folder: str | Path) -> list[dict[str, Tensor]]:
     draws: dict[str, dict[str, Tensor]] = {}
     for path in sorted(Path(folder).glob("draw_*_stage_*.pt")):
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = read_whole(path)
         except Exception as error:
             raise ValueError(
                 f"expected readable weights, got {type(error).__name__}: {path}"

@@ -311,7 +311,7 @@ class RunReport(CaseRecorder):
     """The recorder of a training run: writes when its test has ended."""
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.rows:
+        if self.rows and trainer.is_global_zero:
             self.write()
 
 

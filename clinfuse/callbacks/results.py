@@ -49,6 +49,8 @@ class LoggedResults(Callback):
         self.folder = Path(folder)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         if not (self.folder / "cases.csv").is_file():  # no fusion: the lesion head
             return
         step, callbacks = trainer.global_step, trainer.callbacks  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ class MadeOnce:
             begun = time.monotonic()
             _write(path, self.make(batch).detach().float().cpu().numpy())
             log.info("%s in %.1f s: %s", batch.case_id, time.monotonic() - begun, path)
-        return torch.from_numpy(np.load(path)).to(batch.mri.device)
+        return _read(path, batch.mri).to(batch.mri.device)
 
 
 @contextmanager
@@ -61,6 +61,24 @@ def fingerprint_of(batch: FusionBatch) -> str:
         seen.update(f"{array.shape} {array.dtype}".encode())
         seen.update(array.tobytes())
     return seen.hexdigest()[:16]
+
+
+def _read(path: Path, like: Tensor) -> Tensor:
+    """What was kept, in the shape of a source; nothing in the file is run.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+        if array.dtype != np.float32 or array.shape != tuple(like.shape):
+            raise ValueError(f"{array.dtype} of {array.shape}")
+    except Exception as error:  # a damaged header may fail in any way
+        raise ValueError(
+            f"expected volumes as they were kept here, got {type(error).__name__}: {path} (delete "
+            "it, and it is made anew)"
+        ) from error
+    return torch.from_numpy(array)
 
 
 def _write(path: Path, array: np.ndarray) -> None:

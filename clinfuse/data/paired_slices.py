@@ -24,7 +24,7 @@ from clinfuse.data.jitter import (
     move,
     move_mask,
 )
-from clinfuse.data.paired_volumes import Draw, DrawSampler, collate_batches
+from clinfuse.data.paired_volumes import Draw, DrawSampler, collate_batches, rank_of
 from clinfuse.data.perturbation import Condition, conditions_of, perturbed
 from clinfuse.data.slices import (
     SMALLEST,
@@ -337,10 +337,13 @@ class PairedSlices(lightning.LightningDataModule):
         if self.batch_size > 1 and self.patch_shape is None:
             self._check_sizes(slices)
         slices = self._with_references(slices)
+        draws = self.draws_per_epoch or len(slices)
         return DataLoader(
             TrainingSlices(slices, self.jitter, self.patch_shape),
             batch_size=self.batch_size,
-            sampler=DrawSampler(len(slices), self.draws_per_epoch or len(slices), self.seed),
+            sampler=DrawSampler(
+                len(slices), draws, self.seed, self.batch_size, *rank_of(self.trainer)
+            ),
             collate_fn=collate_slices,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -595,8 +598,8 @@ def _lists(splits: Any) -> dict[str, list[str]]:
 
 def _kept(path: Path) -> Float[Tensor, "1 h w"]:
     try:
-        return torch.from_numpy(np.load(path))
-    except (ValueError, EOFError, OSError, TypeError) as error:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except Exception as error:  # a damaged header may fail in any way
         raise ValueError(
             f"expected a reference as it was kept here, got {type(error).__name__}: {path} "
             "(delete it, and it is made anew)"

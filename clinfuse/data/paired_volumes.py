@@ -69,24 +69,69 @@ class DrawSampler(Sampler[Draw]):
 
     Cases come in shuffled passes that continue across epochs, so that however many draws an epoch
     has, no case is drawn twice more often than another. Lightning calls ``set_epoch``: a resumed
-    epoch repeats its draws exactly.
+    epoch repeats its draws exactly, and ``begin_at`` leaves out those that were trained on.
+
+    Args:
+        cases: to draw from.
+        draws_per_epoch: of all ranks together.
+        seed: of the draws.
+        batch_size: of one rank.
+        rank: of the process, among those that train together. Each has its part of every batch,
+            in their order: 2 ranks with batches of 3 see what one with batches of 6 does.
+        ranks: how many they are.
+
+    Raises:
+        ValueError: an epoch whose last batch cannot be shared out evenly.
     """
 
-    def __init__(self, cases: int, draws_per_epoch: int, seed: int) -> None:
+    def __init__(
+        self,
+        cases: int,
+        draws_per_epoch: int,
+        seed: int,
+        batch_size: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.cases, self.draws_per_epoch, self.seed = cases, draws_per_epoch, seed
+        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        if draws_per_epoch % (batch_size * ranks) % ranks:
+            raise ValueError(
+                f"expected draws_per_epoch that {ranks} processes can share out evenly, got "
+                f"{draws_per_epoch} in batches of {batch_size}"
+            )
         self.epoch = 0
+        self._begun = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def begin_at(self, epoch: int, batches: int) -> None:
+        """Go on after some batches of an epoch; later epochs are whole."""
+        self.epoch, self._begun = epoch, (epoch, batches)
+
     def __len__(self) -> int:
-        return self.draws_per_epoch
+        """Of a whole epoch."""
+        return self.draws_per_epoch // self.ranks
 
     def __iter__(self) -> Iterator[Draw]:
-        for index in range(self.draws_per_epoch):
+        epoch, batches = self._begun
+        for index in self._indices(batches if self.epoch == epoch else 0):
             turn, place = divmod(self.epoch * self.draws_per_epoch + index, self.cases)
             order = np.random.default_rng([self.seed, turn]).permutation(self.cases)
             yield Draw(int(order[place]), _seed_of(self.seed, self.epoch, index))
+
+    def _indices(self, batches: int) -> Iterator[int]:
+        """This rank's own, but for the first batches."""
+        together = self.batch_size * self.ranks
+        for first in range(batches * together, self.draws_per_epoch, together):
+            share = min(together, self.draws_per_epoch - first) // self.ranks
+            yield from range(first + self.rank * share, first + (self.rank + 1) * share)
+
+
+def rank_of(trainer: lightning.Trainer | None) -> tuple[int, int]:
+    """Which of how many processes that train together this one is."""
+    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 @dataclass(frozen=True)
@@ -381,7 +426,9 @@ class PairedVolumes(lightning.LightningDataModule):
                 studies, self.jitter, self.augmentation, self.patch_shape, self.training_reference
             ),
             batch_size=self.batch_size,
-            sampler=DrawSampler(len(studies), draws, self.seed),
+            sampler=DrawSampler(
+                len(studies), draws, self.seed, self.batch_size, *rank_of(self.trainer)
+            ),
             collate_fn=COLLATING[self.moved_by],
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -179,7 +179,7 @@ def _mapped(kept: Path, folder: Path) -> Study:
 
 def _stack(path: Path, kind: str) -> Tensor:
     """Volumes mapped from a file, privately: what is written to them stays in this process."""
-    array = np.load(path, mmap_mode="c")
+    array = np.load(path, mmap_mode="c", allow_pickle=False)
     if array.dtype != KINDS[kind] or array.ndim != 4:
         raise ValueError(f"expected 4 axes of {KINDS[kind]}, got {array.ndim} of {array.dtype}")
     return torch.from_numpy(array)

@@ -244,7 +244,7 @@ def read_picture(path: Path | str) -> Float[Tensor, "3 h w"]:
         try:
             pictures = getattr(image, "n_frames", 1)
             rgba = np.asarray(image.convert("RGBA"))
-        except _UNREADABLE as error:
+        except Exception as error:  # Pillow raises many kinds
             raise ValueError(
                 f"expected a whole picture, got a damaged one ({error}): {path}"
             ) from error
@@ -286,8 +286,6 @@ def write_colour(
 
 
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def _sources(folder: Path, kind: PairKind) -> tuple[Path, Path] | None:
@@ -373,7 +371,7 @@ def _opened(path: Path) -> ImageFile.ImageFile:
         return Image.open(path)
     except UnidentifiedImageError as error:
         raise ValueError(f"expected a picture, got something unreadable: {path}") from error
-    except _UNREADABLE as error:
+    except Exception as error:  # Pillow raises many kinds
         raise ValueError(
             f"expected a picture, got something unreadable ({error}): {path}"
         ) from error

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
@@ -45,11 +46,11 @@ def read_splits_file(path: Path | str) -> Splits:
         raise FileNotFoundError(f"expected a JSON file with lists {SPLITS}, found none: {path}")
     try:
         content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON with lists {SPLITS}, got {error}: {path}") from error
     lists = content.get("splits", content) if isinstance(content, dict) else content
     if not isinstance(lists, dict) or any(not isinstance(lists.get(s), list) for s in SPLITS):
-        got = sorted(lists) if isinstance(lists, dict) else type(lists).__name__
+        got = shorten(str(sorted(lists)), 200) if isinstance(lists, dict) else type(lists).__name__
         raise ValueError(f"expected JSON with lists {SPLITS}, got {got}: {path}")
     return _checked({split: [str(case) for case in lists[split]] for split in SPLITS}, path)
 
@@ -129,7 +130,10 @@ def _from_text(folder: Path) -> Splits:
     missing = [f"{split}.txt" for split in SPLITS if not (folder / f"{split}.txt").is_file()]
     if missing:
         raise FileNotFoundError(f"expected train.txt, val.txt and test.txt, no {missing}: {folder}")
-    lines = {split: (folder / f"{split}.txt").read_text().splitlines() for split in SPLITS}
+    try:
+        lines = {split: (folder / f"{split}.txt").read_text().splitlines() for split in SPLITS}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected lists of cases as text, got other bytes: {folder}") from error
     return _checked({s: [x.strip() for x in lines[s] if x.strip()] for s in SPLITS}, folder)
 
 

@@ -394,8 +394,8 @@ def _segmented(
     if cache is not None:
         inputs = [ct.array.tobytes(), ct.affine.tobytes(), Path(masks.__file__).read_bytes()]
         inputs += [] if bone is None else [bone.tobytes()]
-        digest = hashlib.sha256(b"".join(inputs)).hexdigest()[:12]
-        kept = cache / f"{ct.path.parent.name}-{digest}" / f"{name}_mask.nii.gz"
+        digest = hashlib.sha256(b"".join(inputs)).hexdigest()[:16]  # folders may name patients
+        kept = cache / digest / f"{name}_mask.nii.gz"
         if kept.is_file():
             return read_volume(kept).array > 0.5
     mask = segment()
@@ -443,7 +443,13 @@ def _provenance(folder: Path) -> dict[str, dict[str, Any]]:
     made = _facts(folder).get("masks")
     if not isinstance(made, dict):
         return {}
-    return {roi: made[f"{roi}_mask"] for roi in ROI_NAMES if f"{roi}_mask" in made}
+    kept = {roi: made[f"{roi}_mask"] for roi in ROI_NAMES if f"{roi}_mask" in made}
+    if wrong := [roi for roi, how in kept.items() if not (isinstance(how, dict) and "tool" in how)]:
+        raise ValueError(
+            f"expected the tool that made each mask, got none of {', '.join(wrong)}: "
+            f"{folder / 'study.json'}"
+        )
+    return kept
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -453,7 +459,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON, got {error}: {path}") from error
     return facts if isinstance(facts, dict) else {}
 

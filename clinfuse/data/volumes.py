@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,17 +92,18 @@ def read_volume(path: Path | str) -> Volume:
             size of zero, or an affine without volume.
     """
     path = Path(path)
-    image = _open(path)
-    grid = _grid(image, path)
-    stored = _voxels(image, path).reshape(grid.shape)
-    to_canonical = io_orientation(grid.affine)
-    canonical = apply_orientation(stored, to_canonical)
-    return Volume(
-        array=np.ascontiguousarray(canonical.transpose(2, 1, 0)),
-        affine=grid.affine @ nib.orientations.inv_ornt_aff(to_canonical, grid.shape),
-        grid=grid,
-        path=path,
-    )
+    with _readable(path):
+        image = _open(path)
+        grid = _grid(image, path)
+        stored = _voxels(image, path).reshape(grid.shape)
+        to_canonical = io_orientation(grid.affine)
+        canonical = apply_orientation(stored, to_canonical)
+        return Volume(
+            array=np.ascontiguousarray(canonical.transpose(2, 1, 0)),
+            affine=grid.affine @ nib.orientations.inv_ornt_aff(to_canonical, grid.shape),
+            grid=grid,
+            path=path,
+        )
 
 
 def read_grid(path: Path | str) -> Grid:
@@ -112,7 +114,8 @@ def read_grid(path: Path | str) -> Grid:
         ValueError: as ``read_volume``, except for what is wrong with voxels.
     """
     path = Path(path)
-    return _grid(_open(path), path)
+    with _readable(path):
+        return _grid(_open(path), path)
 
 
 def write_volume(
@@ -122,8 +125,9 @@ def write_volume(
 ) -> None:
     """Write a volume in tensor order onto the stored grid of ``like``: its axes, shape and affine.
 
-    Masks are stored as uint8, values as float32. The file appears whole or not at all: it is
-    written beside its place and then moved there.
+    Masks are stored as uint8, values as float32. Texts and extensions of the header, which may name
+    a patient, are left out. The file appears whole or not at all: it is written beside its place
+    and then moved there.
 
     Raises:
         ValueError: the array does not have the shape of the grid in canonical order.
@@ -137,7 +141,7 @@ def write_volume(
         )
     stored = apply_orientation(array.transpose(2, 1, 0), from_canonical)
     dtype = np.uint8 if array.dtype == bool else np.float32
-    image = nib.Nifti1Image(stored.astype(dtype), grid.affine, grid.header)
+    image = nib.Nifti1Image(stored.astype(dtype), grid.affine, _without_texts(grid.header))
     image.header.set_data_dtype(dtype)
     image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0
@@ -190,6 +194,33 @@ def check_one_grid(volume: Volume, other: Volume) -> None:
         f"expected one grid, got {_describe(volume)} and {_describe(other)}; "
         "register and resample them first"
     )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Reading a file whose header may say anything.
+
+    Raises:
+        ValueError: whatever goes wrong, with the file.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(
+            f"expected a NIfTI file, got a damaged one ({type(error).__name__}): {path}"
+        ) from error
+
+
+def _without_texts(header: nib.Nifti1Header) -> nib.Nifti1Header:
+    plain = header.copy()
+    plain.extensions.clear()
+    for text in {"data_type", "db_name", "descrip", "aux_file", "intent_name"} & set(plain.keys()):
+        plain[text] = b""
+    return plain
 
 
 def _open(path: Path) -> nib.Nifti1Image:

@@ -1,5 +1,6 @@
 """Edge preservation index: how far the high-pass of the fused image follows its sources'."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -17,9 +18,11 @@ def epi(
 
     Sattar et al. (1997), Eq. 15, the Laplacian being a pixel's eight neighbours less eight times
     itself, at pixels that have all eight. Of a volume's slices together. NaN where one of the
-    images has no edges.
+    images has no edges, or no pixel has all eight.
     """
     cases = len(fused)
+    if min(fused.shape[-2:]) < 3:
+        return fused.new_full((cases,), torch.nan)
     ours, *theirs = (
         laplacian(eight_bit_slices(image)).reshape(cases, -1).double() for image in (fused, mri, ct)
     )

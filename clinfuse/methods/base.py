@@ -137,6 +137,28 @@ def case_generator(case_id: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{case_id}".encode()))
 
 
-def step_generator(step: int, seed: int) -> torch.Generator:
-    """Randomness that belongs to a training step, so that a resumed run repeats its losses."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/step {step}".encode()))
+def step_generator(step: int, seed: int, place: int = 0) -> torch.Generator:
+    """Randomness that belongs to a training step, so that a resumed run repeats its losses.
+
+    Args:
+        step: the training step.
+        seed: of the run.
+        place: of a case among all that the step sees.
+    """
+    of_place = f"/{place}" if place else ""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/step {step}{of_place}".encode()))
+
+
+def case_places(method: LightningModule, cases: int, batch_idx: int) -> range:
+    """Where a batch's cases come among all that a training step sees.
+
+    Of all ranks, and of all batches whose gradients are accumulated: what draws by place draws the
+    same for 2 ranks with a case each, for 2 batches of one case, and for one batch of 2.
+    """
+    trainer = method._trainer
+    rank, ranks, within = 0, 1, 0
+    if trainer is not None:
+        rank, ranks = trainer.global_rank, trainer.world_size
+        within = batch_idx % trainer.accumulate_grad_batches
+    first = (within * ranks + rank) * cases
+    return range(first, first + cases)

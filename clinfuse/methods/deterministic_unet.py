@@ -81,6 +81,7 @@ class DeterministicUNet(FusionMethod):
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch),
+            sync_dist=True,
         )
         return total
 

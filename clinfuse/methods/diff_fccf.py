@@ -19,6 +19,7 @@ from clinfuse.methods.base import (
     Optim,
     Stage,
     case_generator,
+    case_places,
     staged_optimizer,
     step_generator,
 )
@@ -250,7 +251,8 @@ class DiffFccf(FusionMethod):
     # Training: five terms.
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
-        terms = self.terms(batch, step_generator(self.global_step, self.seed))
+        place = case_places(self, len(batch), batch_idx)[0]  # each rank draws for its own cases
+        terms = self.terms(batch, step_generator(self.global_step, self.seed, place))
         weights = self.policy.weights()
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         self.log_dict(
@@ -258,7 +260,10 @@ class DiffFccf(FusionMethod):
             | {f"train/{name}": term.detach() for name, term in terms.items()}
             | {f"weight/{name}": weight for name, weight in weights.items()},
             batch_size=len(batch),
+            sync_dist=True,
         )
+        if self._trainer is not None:  # all ranks steer by what all have seen
+            terms = {n: self.trainer.strategy.reduce(t.detach().clone()) for n, t in terms.items()}
         self.policy.observe(terms, self._progress())
         return total
 

@@ -1,6 +1,6 @@
 """A student of CLIN-FuseDiff++: what its teacher samples in many guided steps, in 1, 2 or 4."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,14 @@ from clinfuse.diffusion.ensemble import centred_estimate, ensemble_mean, ensembl
 from clinfuse.diffusion.process import x0_between, x0_from_prediction
 from clinfuse.diffusion.samplers.ddim import ddim
 from clinfuse.functional.regional import regional_mean
-from clinfuse.methods.base import FusionMethod, Optim, Stage, staged_optimizer, step_generator
+from clinfuse.methods.base import (
+    FusionMethod,
+    Optim,
+    Stage,
+    case_places,
+    staged_optimizer,
+    step_generator,
+)
 from clinfuse.methods.roi_diffusion import (
     RoiDiffusion,
     guiding_sources,
@@ -170,7 +177,7 @@ class DistilledFusion(FusionMethod):
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
         with torch.no_grad():
             anchor = self.teacher.anchor(batch)
-        states, r_0 = self._taught(batch, anchor)
+        states, r_0 = self._taught(batch, anchor, case_places(self, len(batch), batch_idx))
         losses = {
             "mean": self._mean_loss(batch, anchor, ensemble_mean(r_0, self.teacher.members)),
             "spread": self._spread_loss(anchor, states),
@@ -179,16 +186,21 @@ class DistilledFusion(FusionMethod):
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch),
+            sync_dist=True,
         )
         return losses["loss"]
 
     @torch.no_grad()
-    def _taught(self, batch: FusionBatch, anchor: Anchor) -> tuple[list[Tensor], Tensor]:
+    def _taught(
+        self, batch: FusionBatch, anchor: Anchor, places: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
         """The teacher's x_t at the student's levels and its r_0, then r_0 as it is."""
-        k, generator = self.teacher.members, step_generator(self.global_step, self.seed)
+        k, step = self.teacher.members, self.global_step
         noise = [
-            ensemble_noise(mean.expand(k, *mean.shape[1:]), k, generator)
-            for mean in anchor.mean.split(1)
+            ensemble_noise(
+                mean.expand(k, *mean.shape[1:]), k, step_generator(step, self.seed, place)
+            )
+            for mean, place in zip(anchor.mean.split(1), places, strict=True)
         ]
         visited: list[Tensor] = []
         r_0 = self.teacher.walk(batch, anchor, torch.cat(noise), self.teacher.steps, visited.append)

@@ -12,7 +12,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.functional.spacing import shared_spacing
 from clinfuse.functional.surface import dice
-from clinfuse.methods.base import Optim, Stage, staged_optimizer, step_generator
+from clinfuse.methods.base import (
+    Optim,
+    Stage,
+    case_places,
+    staged_optimizer,
+    step_generator,
+)
 from clinfuse.methods.objective import lesion_probability, reference_of
 from clinfuse.networks.scale_space import ScaleSpaceNetwork
 from clinfuse.types import FusionBatch
@@ -95,7 +101,8 @@ class LesionHead(LightningModule):
 
     def training_step(self, batch: FusionBatch, batch_idx: int) -> Tensor:
         self._check(batch)
-        generator = step_generator(self.global_step, self.seed)
+        place = case_places(self, len(batch), batch_idx)[0]  # each rank learns from what it saw
+        generator = step_generator(self.global_step, self.seed, place)
         reference = reference_of(batch)
         fused = self._like_an_estimate(reference, batch.spacing_mm, generator)
         with torch.no_grad():
@@ -108,7 +115,7 @@ class LesionHead(LightningModule):
         drawn = torch.randint(len(lesion), (self.voxels,), generator=generator).to(lesion.device)
         logits = self.network.read(described[drawn])[:, 0]
         loss = binary_cross_entropy_with_logits(logits.float(), lesion[drawn])
-        self.log("train/loss", loss.detach(), batch_size=len(batch))
+        self.log("train/loss", loss.detach(), batch_size=len(batch), sync_dist=True)
         return loss
 
     def _like_an_estimate(

@@ -52,7 +52,9 @@ class RegionalWeights(FusionMethod):
         losses = {"loss" if name == "total" else name: v for name, v in terms.means().items()}
         weights = {f"{region}_weight": value for region, value in self.mri_weights.items()}
         logged = {name: value.detach() for name, value in losses.items()} | weights
-        self.log_dict({f"train/{n}": v for n, v in logged.items()}, batch_size=len(batch))
+        self.log_dict(
+            {f"train/{n}": v for n, v in logged.items()}, batch_size=len(batch), sync_dist=True
+        )
         return losses["loss"]
 
     def configure_optimizers(self) -> Any:

@@ -78,6 +78,7 @@ class ResNetFusion(StartsFromWeights, FusionMethod):
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch),
+            sync_dist=True,
         )
         return losses["loss"]
 

@@ -33,6 +33,7 @@ from clinfuse.methods.base import (
     Optim,
     Stage,
     case_generator,
+    case_places,
     staged_optimizer,
     step_generator,
 )
@@ -399,10 +400,11 @@ class RoiDiffusion(FusionMethod):
         elif self.global_step < anchor_end:
             losses = self._anchor_step(batch)
         else:
-            losses = self._denoiser_step(batch)
+            losses = self._denoiser_step(batch, case_places(self, len(batch), batch_idx))
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch),
+            sync_dist=True,
         )
         return losses["loss"]
 
@@ -427,16 +429,17 @@ class RoiDiffusion(FusionMethod):
         )
         return losses
 
-    def _denoiser_step(self, batch: FusionBatch) -> dict[str, Tensor]:
+    def _denoiser_step(self, batch: FusionBatch, places: Sequence[int]) -> dict[str, Tensor]:
         with torch.no_grad():
             anchor = self.anchor(batch)
         r_0 = ((reference_of(batch) - anchor.mean) / anchor.scale).clamp(
             -MAX_RESIDUAL, MAX_RESIDUAL
         )
-        generator = step_generator(self.global_step, self.seed)
-        t = torch.randint(len(self.alpha_bars), (len(batch),), generator=generator)
+        generators = [step_generator(self.global_step, self.seed, place) for place in places]
+        levels, one = len(self.alpha_bars), (1, *r_0.shape[1:])
+        t = torch.cat([torch.randint(levels, (1,), generator=each) for each in generators])
         alpha_bar_t = self.alpha_bars[t.to(r_0.device)]
-        eps = torch.randn(r_0.shape, generator=generator).to(r_0.device)
+        eps = torch.cat([torch.randn(one, generator=each) for each in generators]).to(r_0.device)
         x_t = q_sample(r_0, eps, alpha_bar_t)
         prediction = self.network(x_t, self._encode(anchor), alpha_bar_t).float()
         target = target_for(self.parameterisation, r_0, eps, alpha_bar_t)
@@ -526,11 +529,13 @@ def scale_loss(
     s is a standard deviation, learned from absolute errors. Squared ones are ruled by the few
     voxels where an edge went astray, which in a short training hold s too large everywhere else.
     Without the weight (Seitzer et al. 2022, beta = 1) the many voxels that are
-    nearly right would rule instead, and those where the error is large count for little.
+    nearly right would rule instead, and those where the error is large count for little. Every case
+    counts alike.
     """
     mean_absolute = (2 / math.pi) ** 0.5 * scale  # of a normal variable
     weight = scale.detach()
-    return (weight * laplace_nll(error, mean_absolute.log())).mean() / weight.mean()
+    weighted = weight * laplace_nll(error, mean_absolute.log())
+    return (weighted.flatten(1).mean(1) / weight.flatten(1).mean(1)).mean()
 
 
 def source_losses(

@@ -133,6 +133,7 @@ class TttFusion(FusionMethod):
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch),
+            sync_dist=True,
         )
         return losses["loss"]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.networks.precision import convolved, with_safe_convolutions
-from clinfuse.networks.windows import Windowed, Windows, blended, part_of, with_local_norms
+from clinfuse.networks.windows import Windowed, part_of, with_local_norms
 
 BYTES_PER_FEATURE = 90.0
 """That an evaluation takes at its most for each voxel of the network's grid and each feature of the
@@ -191,7 +191,8 @@ class FusionUNet(Windowed):
             return torch.cat(parts, 1)
 
         grid = [size // step for size in padded[0].shape[2:]]
-        stem, past = blended(evaluate, grid, self._windows(grid, len(mri))).split(channels, 1)
+        out = self.answer(evaluate, grid, self.context_stride, len(mri))
+        stem, past = out.split(channels, 1)
         return Condition(stem, past, self._context(mri, ct), tuple(mri.shape[2:]))
 
     def _context(self, mri: Tensor, ct: Tensor) -> Tensor | None:
@@ -248,14 +249,11 @@ class FusionUNet(Windowed):
                 x = x.to(memory_format=CHANNELS_LAST[self.spatial_dims])
             return self.unet(x, angle, context=context)
 
-        grid = stem.shape[2:]
-        out = _added(blended(evaluate, grid, self._windows(grid, size)), condition.past)
+        out = self.answer(evaluate, stem.shape[2:], self.context_stride, size)
+        out = _added(out, condition.past)
         if self.haar:
             out = haar_idwt(out if self.state_channels else self._unlevelled(out))
         return crop(out, condition.shape)
-
-    def _windows(self, grid: Sequence[int], batch: int) -> Windows | None:
-        return self.windows(grid, self.context_stride, batch)
 
     def _analyse(self, volume: Tensor) -> Tensor:
         padded = pad_to_multiple(volume, self.multiple)

@@ -4,15 +4,19 @@ Both readers give a ``FrozenLesionHead``: fixed weights, evaluation mode, gradie
 What a folder's own inference does with a file happens to F here, differentiably, but for one step:
 resampling. A head sees F on F's grid, whatever voxel size it was trained at (the log names that
 size). Nothing in a folder is run as Python: weights are read as tensors, expressions in a
-configuration are refused, and networks come from MONAI, torch or dynamic_network_architectures.
+configuration are refused, and networks are classes of MONAI, torch or
+dynamic_network_architectures, which fetch nothing. TorchScript is a program of tensor operations;
+one that has operations on files is refused.
 """
 
 import copy
 import importlib
+import inspect
 import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,8 +37,17 @@ log = logging.getLogger(__name__)
 LESION_WORDS = ("lesion", "tumor", "tumour", "stroke", "infarct", "metasta")
 """A class whose name contains one of these is lesion, unless the caller names classes himself."""
 
-NETWORK_CODE = ("monai.networks.nets.", "monai.networks.blocks.", "torch.nn.")
-"""Where the parts of a bundle's network may come from; anything else is somebody's program."""
+NETWORK_CODE = ("monai.networks.nets", "monai.networks.blocks", "torch.nn")
+"""Where the classes of a bundle's network may lie; anything else is somebody's program."""
+
+FETCHING = ("CellSamWrapper", "Transchex")
+"""Classes among them that read other files; so do those with ``pretrained``, where it is asked."""
+
+OF_FILES = ("from_file", "save", "load", "open", "write", "read", "import")
+"""Words that TorchScript has for files: ``aten::from_file`` and ``aten::save`` write them."""
+
+MOST_NODES = 100_000
+"""Of a bundle's configuration: YAML can say more in a few lines than any memory holds."""
 
 INFERENCE = ("inference.json", "inference.yaml", "inference.yml")
 DEEPEST_MULTIPLE = 128
@@ -133,7 +146,11 @@ def read_bundle(
         FileNotFoundError: a file is missing.
         ValueError: a file cannot be read, or describes no network that F can be given to.
     """
-    folder = Path(folder)
+    with _understood("a MONAI bundle", Path(folder)):
+        return _bundle(Path(folder), lesion, activation)
+
+
+def _bundle(folder: Path, lesion: Sequence[str], activation: Activation | None) -> FrozenLesionHead:
     path = folder / "configs" / "metadata.json"
     image, prediction = _image_and_prediction(_json(path), path)
     config = _inference(folder)
@@ -174,7 +191,11 @@ def read_nnunet(
         ValueError: a file cannot be read, or describes no U-Net that F can be given to, or
             dynamic-network-architectures, which builds it, is not installed.
     """
-    folder = Path(folder)
+    with _understood("an nnU-Net folder", Path(folder)):
+        return _nnunet(Path(folder), lesion, configuration)
+
+
+def _nnunet(folder: Path, lesion: Sequence[str], configuration: str | None) -> FrozenLesionHead:
     path = folder / "plans.json"
     plans, dataset = _json(path), _json(folder / "dataset.json")
     weights = _first_fold(folder)
@@ -203,6 +224,25 @@ def read_nnunet(
     axes = plans.get("transpose_forward") if dims == 3 else None
     multiple = np.prod(strides, axis=0).tolist()
     return FrozenLesionHead(network, normalise, chosen, activation, multiple, axes)
+
+
+@contextmanager
+def _understood(kind: str, folder: Path) -> Iterator[None]:
+    """Reading files of others, which may hold anything where we look for a number or a name.
+
+    Raises:
+        ValueError: that something else was there, naming the folder.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        said = str(error)
+        if isinstance(error, ValueError) and (str(folder) in said or "pip install" in said):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {said}".split())[:200]
+        raise ValueError(f"expected {kind}, got something else ({reason}): {folder}") from error
 
 
 def _in_range(fused: Tensor, low: float, high: float) -> Tensor:
@@ -254,7 +294,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"expected a lesion head's {path.name}, found none at {path}")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON, got something else ({error}): {path}") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got a {type(content).__name__}: {path}")
@@ -325,11 +365,19 @@ def _inference(folder: Path) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return dict(ConfigParser.load_config_file(path))
+        config = dict(ConfigParser.load_config_file(path))
     except Exception as error:
         raise ValueError(
             f"expected a readable configuration, got {type(error).__name__}: {path}"
         ) from error
+    waiting, seen = [config], 0
+    while waiting:
+        node, seen = waiting.pop(), seen + 1
+        if isinstance(node, Mapping | list):
+            waiting += node.values() if isinstance(node, Mapping) else node
+        if seen > MOST_NODES:
+            raise ValueError(f"expected at most {MOST_NODES} values, got more: {path}")
+    return config
 
 
 def _components(config: Any, kind: str | None = None) -> Iterator[Mapping[str, Any]]:
@@ -407,6 +455,19 @@ def _bundle_network(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _read_script(path: Path) -> nn.Module:
+    """A network as TorchScript, its code read before it is loaded, for loading may run some."""
+    try:
+        records = torch._C.PyTorchFileReader(str(path))
+        names = records.get_all_records()
+        code = [records.get_record(name) for name in names if name.endswith(".py")]
+        is_plain = "constants.pkl" in names  # older forms have their code elsewhere
+    except Exception as error:
+        raise ValueError(f"expected TorchScript, got {type(error).__name__}: {path}") from error
+    words = {word for text in code for word in re.findall(rb"\w+", text)}
+    if found := sorted(word for word in OF_FILES if word.encode() in words):
+        raise ValueError(f"expected TorchScript of tensors alone, got {', '.join(found)}: {path}")
+    if not is_plain:
+        raise ValueError(f"expected TorchScript of today's form, got another: {path}")
     try:
         return cast(nn.Module, torch.jit.load(str(path), map_location="cpu"))
     except Exception as error:
@@ -435,10 +496,36 @@ def _not_plain(config: Mapping[str, Any]) -> str | None:
         if isinstance(text, str) and text[:1] in ("$", "%"):
             return text
     for component in _components(list(reached.values())):
-        target = ConfigComponent(component).resolve_module_name()
-        if not str(target).startswith(NETWORK_CODE):
-            return str(target)
+        if problem := _not_a_network(component):
+            return problem
     return None
+
+
+def _not_a_network(component: Mapping[str, Any]) -> str | None:
+    """What something to be built is, unless a layer or network of MONAI's or torch's own."""
+    target = str(ConfigComponent(component).resolve_module_name())
+    if others := [key for key in component if key[:1] == "_" and key not in ("_target_", "_desc_")]:
+        return f"{target} with {others[0]}"
+    kind = _class_of(target)
+    if kind is None or kind.__name__ in FETCHING:
+        return target
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name.startswith("pretrained") and component.get(name, parameter.default):
+            return f"{target} with {name} weights, which would be fetched"
+    return None
+
+
+def _class_of(target: str) -> type[nn.Module] | None:
+    """The module of that name, where it is defined in ``NETWORK_CODE``: no name leads out of it."""
+    place, _, name = target.rpartition(".")
+    if not any(place == code or place.startswith(f"{code}.") for code in NETWORK_CODE):
+        return None
+    try:
+        kind = getattr(importlib.import_module(place), name, None)
+    except ImportError:
+        return None
+    is_module = isinstance(kind, type) and issubclass(kind, nn.Module)
+    return kind if is_module and f"{kind.__module__}.".startswith(("monai.", "torch.")) else None
 
 
 def _leaves(config: Any) -> Iterator[Any]:
@@ -594,11 +681,14 @@ def _nnunet_network(
     try:
         for name in architecture.get("_kw_requires_import", ()):
             if settings.get(name) is not None:
-                module, _, layer = settings[name].rpartition(".")
-                if not module.startswith("torch.nn"):
-                    raise ValueError(f"expected a layer of torch.nn, got {settings[name]}")
-                settings[name] = getattr(nn, layer)
+                layer = str(settings[name])
+                settings[name] = _class_of(layer) if layer.startswith("torch.nn.") else None
+                if settings[name] is None:
+                    raise ValueError(f"expected a layer of torch.nn, got {layer}")
         settings |= {"input_channels": channels, "num_classes": classes, "deep_supervision": False}
-        return cast(nn.Module, getattr(unets, kind)(**settings))
+        build = getattr(unets, kind, None)
+        if not isinstance(build, type) or not issubclass(build, nn.Module):
+            raise ValueError(f"expected a network, got {kind}")
+        return cast(nn.Module, build(**settings))
     except Exception as error:
         raise ValueError(f"expected an architecture that builds, got {error}: {path}") from error

@@ -3,9 +3,19 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+SAFETENSORS = ".safetensors"
+
+DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+)
+"""Of weights that a network can start from."""
 
 NAMED = 3
 """How many weights a message names; it counts the rest."""
@@ -15,7 +25,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     """The tensors of a file of weights by their names.
 
     A state dict as torch saves it, by itself or as ``state_dict`` among other things, as in a
-    checkpoint of Lightning's. The prefix ``module.``, which parallel training leaves, is dropped.
+    checkpoint of Lightning's; or safetensors, by its ending. The prefix ``module.``, which parallel
+    training leaves, is dropped.
 
     Raises:
         FileNotFoundError: no such file.
@@ -25,13 +36,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of weights, found no file at {path}")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of protocols it then cannot read
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling may fail in any way
-        raise ValueError(
-            f"expected readable weights, got {_unreadable(path, error)}: {path}"
-        ) from error
+    content = read_safetensors(path)[0] if path.suffix == SAFETENSORS else _unpickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
@@ -44,6 +49,28 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if others := [str(name) for name, weight in content.items() if not weight.isfinite().all()]:
         raise ValueError(f"expected finite weights, got NaN or inf in {_listed(others)}: {path}")
     return {str(name).removeprefix("module."): weight for name, weight in content.items()}
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by their names, and the texts that came with them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or a damaged one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of weights, found no file at {path}")
+    try:
+        with safe_open(path, framework="pt") as content:
+            names = content.keys()
+            tensors = {name: content.get_tensor(name) for name in names}
+            return tensors, dict(content.metadata() or {})
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"expected safetensors, got something else or a damaged file "
+            f"({type(error).__name__}): {path}"
+        ) from error
 
 
 def load_weights(
@@ -79,6 +106,17 @@ def load_weights(
     module.load_state_dict({**ours, **weights})
 
 
+def _unpickled(path: Path) -> Any:
+    """What torch saved, read without running anything in it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of protocols it then cannot read
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling may fail in any way
+        raise ValueError(
+            f"expected readable weights, got {_unreadable(path, error)}: {path}"
+        ) from error
+
+
 def _unreadable(path: Path, error: Exception) -> str:
     if path.stat().st_size == 0:
         return "an empty file"
@@ -88,8 +126,8 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    is_real = not weight.is_complex() and not weight.is_quantized
-    return weight.layout == torch.strided and weight.device.type == "cpu" and is_real
+    is_strided = weight.layout == torch.strided and weight.device.type == "cpu"
+    return is_strided and weight.dtype in DTYPES
 
 
 def _listed(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.functional.warp import rigid_displacement, rigid_matrix, warp
 from clinfuse.networks.fusion_unet import crop, pad_to_multiple
 from clinfuse.networks.precision import with_safe_convolutions
-from clinfuse.networks.windows import Windowed, blended, part_of, with_local_norms
+from clinfuse.networks.windows import Windowed, part_of, with_local_norms
 
 LARGEST_SPLINE = 2**26
 """Samples of a spline made at once: 256 MiB."""
@@ -126,14 +126,13 @@ class SynthesisRegistration(Windowed):
         """The CT expected from the MRI, and the logarithm of its expected error."""
         images = pad_to_multiple(torch.cat([mri, brain], 1), 32)
         grid = [size // 2 for size in images.shape[2:]]
-        windows = self.windows(grid, 16, len(images))
 
         def bands(window: tuple[slice, ...]) -> Tensor:
             place = tuple(slice(2 * part.start, 2 * part.stop) for part in window)
             guessed: Tensor = self.network(haar_dwt(part_of(images, place))).float()
             return guessed
 
-        out = haar_idwt(blended(bands, grid, windows))
+        out = haar_idwt(self.answer(bands, grid, 16, len(images)))
         guess, log_scale = crop(out, mri.shape[2:]).split(1, 1)
         return guess, (log_scale - 1.5).clamp(-4, 1)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.networks.fusion_unet import DETAIL_GAIN, crop, pad_to_multiple
 from clinfuse.networks.precision import with_safe_convolutions
-from clinfuse.networks.windows import Windowed, blended, part_of
+from clinfuse.networks.windows import Windowed, part_of
 
 NOISE_SCALE = 0.3
 """Size of the noise's coefficients, which the last layer gives in units of it."""
@@ -54,7 +54,6 @@ class SourceDenoiser(Windowed):
         padded = pad_to_multiple(volume, 2)
         grid = [size // 2 for size in padded.shape[2:]]
         reach = len(self.blocks) + 2
-        windows = self.windows(grid, 1, len(volume), silent=reach)
 
         def noise(window: tuple[slice, ...]) -> Tensor:
             place = tuple(slice(2 * part.start, 2 * part.stop) for part in window)
@@ -64,7 +63,8 @@ class SourceDenoiser(Windowed):
                 features = features + block(F.silu(features))
             return (self.linear(bands) + NOISE_SCALE * self.last(F.silu(features))).float()
 
-        return volume + crop(haar_idwt(blended(noise, grid, windows)), volume.shape[2:])
+        bands = self.answer(noise, grid, 1, len(volume), silent=reach)
+        return volume + crop(haar_idwt(bands), volume.shape[2:])
 
 
 class SourceDenoisers(nn.Module):

@@ -1,6 +1,7 @@
 """Networks on volumes of any size: windows whose answers are blended within each evaluation."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,17 @@ def windows_within(
         if math.prod(shape) <= most:
             return Windows(shape, 4 * silent, silent, stride)
         side -= 1
-    least = math.prod(min(least_side, -(-n // stride)) * stride for n in grid)
+    least = math.prod(smallest_window(grid, stride, silent))
     raise ValueError(
         f"expected memory_gb of at least {least * bytes_per_voxel * batch / 1e9:.2g} for windows "
         f"of {least_side * stride} voxels of the network's grid, got {memory_gb:g}"
     )
+
+
+def smallest_window(grid: Sequence[int], stride: int, silent: int = 8) -> list[int]:
+    """The shape below which ``windows_within`` does not go: six rims wide, or as the grid is."""
+    least_side = -(-6 * silent // stride)
+    return [min(least_side, -(-n // stride)) * stride for n in grid]
 
 
 def blended(
@@ -135,17 +144,22 @@ def part_of(volume: Float[Tensor, "b c *grid"], window: Sequence[slice]) -> Tens
 class Windowed(nn.Module):
     """A network that evaluates what is too large for its memory in windows.
 
+    Where memory runs out all the same, it halves the window and says so: ``memory_gb`` is then half
+    of what that evaluation took, for those that follow too.
+
     Attributes:
         memory_gb: for one evaluation's features, in 10^9 bytes; None, as built, for any amount.
         bytes_per_voxel: that an evaluation takes for each voxel of the network's own grid.
         is_local: whether a window says what the whole would, as far as the convolutions reach.
         used: the windows of the last evaluation that needed some.
+        halvings: how often memory has run out.
     """
 
     memory_gb: float | None = None
     bytes_per_voxel: float = 0.0
     is_local: bool = True
     used: Windows | None = None
+    halvings: int = 0
 
     def windows(
         self, grid: Sequence[int], stride: int, batch: int, silent: int = 8
@@ -155,24 +169,94 @@ class Windowed(nn.Module):
         self.used = found or self.used
         return found
 
+    def answer(
+        self,
+        evaluate: Callable[[tuple[slice, ...]], Float[Tensor, "b c *window"]],
+        grid: Sequence[int],
+        stride: int,
+        batch: int,
+        silent: int = 8,
+    ) -> Float[Tensor, "b c *grid"]:
+        """``blended`` in windows that fit, halved as often as memory runs out.
+
+        Not while gradients are kept, for what all windows keep is as much as the whole.
+
+        Args:
+            evaluate: the answer in a window.
+            grid: shape of the whole.
+            stride: how often the network halves the grid, as a factor.
+            batch: how many are evaluated together.
+            silent: of the windows.
+
+        Raises:
+            MemoryError: the smallest window does not fit.
+        """
+        while True:
+            windows = self.windows(grid, stride, batch, silent)
+            try:
+                return blended(evaluate, grid, windows)
+            except (RuntimeError, MemoryError) as error:
+                if torch.is_grad_enabled() or not is_out_of_memory(error):
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            tried = list(grid) if windows is None else windows.shape
+            self._halve(tried, smallest_window(grid, stride, silent), batch, reason)
+
+    def _halve(self, tried: Sequence[int], least: Sequence[int], batch: int, reason: str) -> None:
+        """Take half of the memory that windows of the shape tried would have needed."""
+        each_gb = self.bytes_per_voxel * batch / 1e9
+        voxels, fewest = math.prod(tried), math.prod(least)
+        name, shape = type(self).__name__, " x ".join(map(str, tried))
+        if voxels <= fewest:
+            raise MemoryError(
+                f"memory ran out in the smallest window of {name}, {shape} voxels of its grid for "
+                f"{batch} volumes at once, which takes about {voxels * each_gb:.2g} GB ({reason}): "
+                f"expected so much to be free, or fewer members (members=), a smaller network or "
+                f"another device (trainer.accelerator=cpu)"
+            )
+        self.memory_gb = max(voxels / 2, fewest * (1 + 1e-9)) * each_gb
+        self.halvings += 1
+        log.warning(
+            "memory ran out in %s at %s voxels of its grid: windows half as large, of %.2g GB",
+            *(name, shape, self.memory_gb),
+        )
+
+
+_SAID_OF_MEMORY = (
+    *("can't allocate memory", "std::bad_alloc", "not enough memory", "out of memory"),
+    *("cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, a CPU's allocator's or a GPU's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in text for said in _SAID_OF_MEMORY)
+
 
 def limit_memory(network: nn.Module, memory_gb: float | None) -> None:
     """Give every network in it that can be evaluated in windows so much memory at a time."""
     for module in network.modules():
         if isinstance(module, Windowed):
-            module.memory_gb, module.used = memory_gb, None
+            module.memory_gb, module.used, module.halvings = memory_gb, None, 0
 
 
 def windows_used(network: nn.Module) -> str:
     """What windows a network was evaluated in since its memory was limited, in words; "" for none.
 
-    Says where a window's statistics were its own.
+    Says where memory had run out before, and where a window's statistics were its own.
     """
     used = [m for m in network.modules() if isinstance(m, Windowed) and m.used is not None]
     if not used:
         return ""
     shapes = {" x ".join(map(str, m.used.shape)) for m in used if m.used is not None}
     text = f"{', '.join(sorted(shapes))} voxels of the network's grid"
+    if any(m.halvings for m in used):
+        text += ", halved until they fitted the memory that was left"
     if all(m.is_local for m in used):
         return text
     return f"{text}, each normalised by itself: a run with network=local says the same as the whole"

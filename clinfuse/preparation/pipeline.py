@@ -127,11 +127,11 @@ class Preparation:
                     "expected a study made from these files with these settings, got one made "
                     f"from others: remove it to have it made anew: {folder}"
                 )
-            return Prepared(name, patient, folder, Quality.from_json(known["quality"]), True)
+            return Prepared(name, patient, folder, quality_in(known, folder), True)
         with whole_folder(output / f".{name}.partial") as partial:
             facts = {"patient": patient, **self._fill(partial, case), "fingerprint": fingerprint}
             (partial / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-            judged = Quality.from_json(facts["quality"])
+            judged = quality_in(facts, partial)
             folder = places[-1] if judged.verdict == "fail" else places[0]
             folder.parent.mkdir(exist_ok=True)
             partial.replace(folder)
@@ -232,11 +232,26 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     """
     if not folder.exists():
         return None
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         facts = json.loads((folder / FACTS).read_text())
         if "fingerprint" in facts and "quality" in facts:
             return dict(facts)
     raise ValueError(f"expected a place for a study, got something else of that name: {folder}")
+
+
+def quality_in(facts: Mapping[str, Any], folder: Path) -> Quality:
+    """What a study folder says of its quality.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return Quality.from_json(facts["quality"])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"expected a study's quality as prepare writes it, got something else "
+            f"({type(error).__name__}; remove the study to have it made anew): {folder}"
+        ) from error
 
 
 def grid_of(mri: sitk.Image, spacing_mm: Sequence[float | int] | None) -> sitk.Image:

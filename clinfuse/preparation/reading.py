@@ -55,10 +55,23 @@ def read_scan(path: Path | str, series: str | int | None = None) -> Scan:
             a voxel size of zero or in metres, a header that contradicts itself on left and right.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"expected a scan, found nothing at {path}")
+    try:
+        return _scan(path, series)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # reading a damaged header may fail in any way
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(
+            f"expected a scan, got a truncated or corrupt one ({type(error).__name__}): {path}"
+        ) from error
+
+
+def _scan(path: Path, series: str | int | None) -> Scan:
     if path.is_dir():
         return _dicom(path, series)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a scan, found nothing at {path}")
     if path.name.lower().endswith(NIFTI):
         return _nifti(path)
     if path.suffix.lower() in ITK_FORMATS:

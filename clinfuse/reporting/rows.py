@@ -6,6 +6,7 @@ Every table and figure is made from these rows, so nothing in a paper is typed b
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -122,10 +123,12 @@ def read_rows(path: str | os.PathLike[str]) -> pd.DataFrame:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values={"value": _MISSING})
     except pd.errors.EmptyDataError:
         raise ValueError(f"expected rows with columns {CASE_COLUMNS} in {path}, got none") from None
+    except (pd.errors.ParserError, UnicodeDecodeError, OverflowError) as error:
+        raise ValueError(f"expected rows as CSV in {path}, got {type(error).__name__}") from error
     try:
         return as_rows(frame)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {shorten(str(error), 600, placeholder=' …')}") from None
 
 
 def unperturbed(rows: Rows) -> pd.DataFrame:

@@ -97,7 +97,7 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
             f"expected a record of a run, got {type(error).__name__}: {path}"
         ) from error

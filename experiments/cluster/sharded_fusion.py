@@ -72,10 +72,10 @@ def done(out: Path) -> list[Path]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All files that a cohort's folder is for; its table without the folder's own name."""
+    """All files but those that workers keep for themselves; the table without the folder's name."""
     found = {}
     for path in sorted(out.rglob("*")):
-        if path.is_file() and ".work" not in path.parts:
+        if path.is_file() and not {".work", "fusion.json"} & {*path.parts}:
             name = os.path.relpath(path, out)
             found[name] = path.read_bytes().replace(f"{out}/".encode(), b"")
     return found

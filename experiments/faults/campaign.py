@@ -18,27 +18,35 @@ A fault that breaks a rule is reported with what it broke; the campaign then end
 import argparse
 import csv
 import gzip
-import os
 import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import harm
 import torch
-from commands import SMALL, TRAINING_ONLY, Command, are_equal, imported, once, start, weights
+from commands import (
+    SMALL,
+    TRAINING_ONLY,
+    Command,
+    are_equal,
+    imported,
+    once,
+    scratch,
+    start,
+    weights,
+)
 
 from clinfuse.configuration import commit
 
 TOTAL_STEPS = 12
-COLUMNS = ("fault", "command", "what", "status", "outcome", "said")
+COLUMNS = ("kind", "fault", "command", "what", "status", "outcome", "said", "broken", "commit")
 
 
 @dataclass
@@ -51,6 +59,7 @@ class Fault:
     status: str = ""
     said: str = ""
     outcome: str = ""
+    kind: str = ""
     broken: list[str] = field(default_factory=list)
 
     def check(self, holds: bool, rule: str) -> None:
@@ -67,7 +76,8 @@ class Campaign:
     """
 
     def __init__(self, work: Path, seed: int) -> None:
-        self.work, self.draw, self.faults = work, random.Random(seed), []
+        self.work, self.seed, self.faults = work, seed, list[Fault]()
+        self.begin("")
         self.cache = work / "cache"
         self._folders = 0
         work.chmod(0o755)  # for the user that permissions count for
@@ -189,8 +199,12 @@ class Campaign:
         """Without this machine's folders."""
         return text.replace(str(self.work) + "/", "")
 
+    def begin(self, kind: str) -> None:
+        """What is drawn for a kind of fault is the same, whichever come before it."""
+        self.kind, self.draw = kind, random.Random(f"{self.seed} {kind}")
+
     def add(self, fault: Fault) -> None:
-        fault.what = self.plain(fault.what)
+        fault.kind, fault.what = self.kind, self.plain(fault.what)
         self.faults.append(fault)
         verdict = "BROKEN: " + "; ".join(fault.broken) if fault.broken else fault.outcome
         print(f"{len(self.faults):4d} {fault.fault}, {fault.command}: {fault.what}: {verdict}")
@@ -573,47 +587,58 @@ def main() -> None:
     began = time.monotonic()
     with (
         imported("clinfuse.train", "clinfuse.fuse", "clinfuse.evaluate"),
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        scratch() as work,
     ):
-        campaign = Campaign(Path(scratch), asked.seed)
+        campaign = Campaign(work, asked.seed)
         for kind in asked.kinds:
+            campaign.begin(kind)
             KINDS[kind](campaign)
-        write(campaign, asked.out, time.monotonic() - began)
+        write(campaign, asked.kinds, time.monotonic() - began, asked.out)
     if any(fault.broken for fault in campaign.faults):
         sys.exit("expected every fault to be survived or refused, got those marked BROKEN")
 
 
-def write(campaign: Campaign, out: Path, seconds: float) -> None:
-    """``cases.csv``, one line a fault; ``table.md``, the counts."""
-    with (out / "cases.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*COLUMNS, "broken"])
-        for fault in campaign.faults:
-            writer.writerow([*(getattr(fault, c) for c in COLUMNS), "; ".join(fault.broken)])
-    kinds = list(dict.fromkeys(fault.fault for fault in campaign.faults))
+def write(campaign: Campaign, kinds: Sequence[str], seconds: float, out: Path) -> None:
+    """``cases.csv``, one line a fault; ``table.md``, the counts.
+
+    Of kinds that were not asked for this time the lines are kept.
+    """
+    path, here = out / "cases.csv", commit()
+    rows = [
+        {name: str(getattr(f, name)) for name in COLUMNS[:-2]}
+        | {"broken": "; ".join(f.broken), "commit": here}
+        for f in campaign.faults
+    ]
+    if path.is_file():
+        with path.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["kind"] not in kinds]
+    rows.sort(key=lambda row: list(KINDS).index(row["kind"]))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines = [
-        f"`python experiments/faults/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`, commit "
-        f"{commit()}, {seconds / 60:.1f} minutes on one core of {os.cpu_count()}.",
+        f"`python experiments/faults/campaign.py`, commit {commits}.",
         "",
         "| fault | times | went on, or complete when asked again | refused in one sentence "
         "| changed nothing | rules broken |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for kind in [*kinds, "all"]:
-        faults = [f for f in campaign.faults if kind in (f.fault, "all")]
-        counts = Counter(column_of(fault) for fault in faults)
+    for fault in [*dict.fromkeys(row["fault"] for row in rows), "all"]:
+        counts = Counter(column_of(row) for row in rows if fault in (row["fault"], "all"))
         cells = [counts[column] for column in ("went on", "refused", "nothing", "broken")]
-        lines.append(f"| {kind} | {len(faults)} | " + " | ".join(map(str, cells)) + " |")
+        lines.append(f"| {fault} | {counts.total()} | " + " | ".join(map(str, cells)) + " |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+    print("\n".join([*lines, "", f"{len(campaign.faults)} faults in {seconds / 60:.1f} minutes"]))
 
 
-def column_of(fault: Fault) -> str:
-    if fault.broken:
+def column_of(row: Mapping[str, str]) -> str:
+    if row["broken"]:
         return "broken"
-    if fault.outcome == "refused":
+    if row["outcome"] == "refused":
         return "refused"
-    return "nothing" if fault.outcome in ("changes nothing", "was enough") else "went on"
+    return "nothing" if row["outcome"] in ("changes nothing", "was enough") else "went on"
 
 
 if __name__ == "__main__":

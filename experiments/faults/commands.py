@@ -7,8 +7,10 @@ with its arguments, and ends with a status as any process does.
 import atexit
 import importlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,6 +149,16 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     """Bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(w, other[n]) for n, w in one.items())
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards; a fork that ends leaves it alone, unlike tempfile's own."""
+    folder = Path(tempfile.mkdtemp(prefix="faults."))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -14,11 +14,10 @@ import random
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands import SMALL, TRAINING_ONLY, are_equal, imported, once, weights
+from commands import SMALL, TRAINING_ONLY, are_equal, imported, once, scratch, weights
 
 from clinfuse.configuration import commit
 
@@ -41,8 +40,7 @@ def main() -> None:
     steps = sorted(draw.sample(range(1, EPOCHS * STEPS_PER_EPOCH), asked.interruptions))
     signums = [SIGNALS[number % len(SIGNALS)] for number in range(len(steps))]
     draw.shuffle(signums)
-    with imported("clinfuse.train"), tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
+    with imported("clinfuse.train"), scratch() as work:
         reference = work / "whole"
         whole = once("train", command_of(reference, work), work / "whole.txt")
         assert whole.status == 0, whole.text

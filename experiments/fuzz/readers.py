@@ -16,6 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 import yaml
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -24,6 +25,7 @@ from mutations import mutated
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from safetensors.torch import save
+from torch import nn
 
 from clinfuse.callbacks.calibration import read_calibration
 from clinfuse.callbacks.model_draws import read_draws
@@ -375,7 +377,12 @@ def nnunet(_: Path) -> list[Seed]:
         "architecture": {"network_class_name": f"{unets}.PlainConvUNet", "arch_kwargs": settings,
                          "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]},
     }  # fmt: skip
-    content = {"network_weights": WEIGHTS, "init_args": {"configuration": "3d"}, "e": np.float64(1)}
+    layers = {"conv_op": nn.Conv3d, "norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU}
+    network = PlainConvUNet(**{**settings, **layers}, input_channels=1, num_classes=2)
+    content = {
+        "network_weights": network.state_dict(), "init_args": {"configuration": "3d"},
+        "lrs": [np.float64(0.01)],
+    }  # fmt: skip
     labels = {"labels": {"background": 0, "lesion": 1}, "channel_names": {"0": "MR"}}
     return [
         {

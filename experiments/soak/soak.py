@@ -1,6 +1,6 @@
 """Does a long session leak? Training, guided sampling, evaluation and fusion, again and again.
 
-python experiments/soak/soak.py --out FOLDER [--minutes 120] [--keep FOLDER]
+python experiments/soak/soak.py --out FOLDER [--minutes 120] [--keep FOLDER] [--again]
 
 One process, and in every cycle what users run, by the entry points themselves: ``clinfuse.train``
 (a dataloader with a worker, three stages, weight averages, checkpoints, a guided validation,
@@ -12,8 +12,9 @@ told from a leak.
 
 Time in which the process was stopped for more than half a minute doesn't count. Writes
 ``soak.csv``, ``soak.png`` and ``table.md`` into ``--keep`` (else ``--out``); ends with status 1
-where the last tenth of the cycles holds more than the first tenth after a tenth of warm-up:
-2 % of memory, one process, one file.
+where the last tenth of the cycles holds more than the first tenth after a tenth of warm-up: 2 % of
+memory (the medians), one process, one file (the least of each tenth, for what Python has yet to
+collect comes and goes). ``--again`` runs nothing and reads what the last one recorded in ``--out``.
 """
 
 import argparse
@@ -57,7 +58,7 @@ MEMORY = {
     "uss_mib": "of that its own, MiB",
     "trimmed_rss_mib": "resident after collection and trim, MiB",
     "trimmed_uss_mib": "of that its own, MiB",
-    "peak_mib": "most within a cycle, with its processes, MiB",
+    "peak_mib": "most within a cycle, with its processes (not judged), MiB",
     "cuda_mib": "CUDA memory, MiB",
 }
 COUNTS = {
@@ -78,30 +79,28 @@ class Watch(threading.Thread):
     def __init__(self, every: float = 2.0, pause: float = 30.0) -> None:
         super().__init__(daemon=True)
         self.every, self.pause = every, pause
-        self.seconds, self.paused, self.peak_bytes = 0.0, 0.0, 0
+        self.seconds, self.peak_bytes = 0.0, 0
 
     def run(self) -> None:
         process, last = psutil.Process(), time.monotonic()
         while True:
             time.sleep(self.every)
             now = time.monotonic()
-            if now - last > self.pause:
-                self.paused += now - last
-            else:
+            if now - last < self.pause:
                 self.seconds += now - last
             last = now
             self.peak_bytes = max(self.peak_bytes, held_bytes(process))
 
 
 def held_bytes(process: psutil.Process) -> int:
-    """Resident memory of a process and of all that it started."""
-    held = 0
-    for each in (process, *process.children(recursive=True)):
+    """Resident memory of a process, and what the ones it started have of their own."""
+    held = process.memory_info().rss
+    for child in process.children(recursive=True):
         try:
-            held += each.memory_info().rss
-        except psutil.NoSuchProcess:  # has just ended
+            held += child.memory_full_info().uss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # has just ended
             continue
-    return held
+    return int(held)
 
 
 def main() -> int:
@@ -109,34 +108,23 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--again", action="store_true")
     asked = parser.parse_args()
     out = asked.out.resolve()
     keep = (asked.keep or out).resolve()
-    shutil.rmtree(out / "cycle", ignore_errors=True)
-    (out / "temporary").mkdir(parents=True, exist_ok=True)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(out / "temporary")
-    register_resolvers()
-    watch = Watch()
-    watch.start()
-    rows: list[dict[str, float]] = []
-    while watch.seconds < 60 * asked.minutes:
-        cycle(len(rows), out)
-        rows.append(measured(len(rows), out, watch))
-        write_csv(out / "rows.csv", rows)
-        last = rows[-1]
-        print(
-            f"soak: cycle {len(rows)}, {watch.seconds / 60:.1f} min, "
-            f"{last['rss_mib']:.1f} MiB, {last['file_descriptors']} open files",
-            flush=True,
-        )
+    if not asked.again:
+        soak(out, 60 * asked.minutes)
+    with (out / "rows.csv").open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     keep.mkdir(parents=True, exist_ok=True)
     write_csv(keep / "soak.csv", rows[:: -(-len(rows) // SHOWN_ROWS)])
     compared, faults = comparison(rows)
+    last = rows[-1]
     head = (
         f"`python experiments/soak/soak.py --minutes {asked.minutes:g}`, commit "
-        f"{run_facts()['commit']}, torch {torch.__version__}: {len(rows)} cycles in "
-        f"{watch.seconds / 60:.0f} minutes ({time.process_time() / 60:.0f} of the processor; "
-        f"stopped for {watch.paused / 60:.0f})."
+        f"{(out / 'commit.txt').read_text()}, torch {torch.__version__}: {len(rows)} cycles in "
+        f"{last['minutes']:.0f} minutes ({last['processor_minutes']:.0f} of the processor), times "
+        f"in which it was stopped not counted."
     )
     verdict = "; ".join(faults) or (
         f"memory flat within {TOLERANCE:.0%}, no process and no file left behind"
@@ -148,6 +136,28 @@ def main() -> int:
     return 1 if faults else 0
 
 
+def soak(out: Path, seconds: float) -> None:
+    """Cycles for so long; ``rows.csv`` has what each left behind."""
+    shutil.rmtree(out / "cycle", ignore_errors=True)
+    (out / "temporary").mkdir(parents=True, exist_ok=True)
+    (out / "commit.txt").write_text(run_facts()["commit"])
+    os.environ["TMPDIR"] = tempfile.tempdir = str(out / "temporary")
+    register_resolvers()
+    watch = Watch()
+    watch.start()
+    rows: list[dict[str, float]] = []
+    while watch.seconds < seconds:
+        cycle(len(rows), out)
+        rows.append(measured(len(rows), out, watch))
+        write_csv(out / "rows.csv", rows)
+        last = rows[-1]
+        print(
+            f"soak: cycle {len(rows)}, {watch.seconds / 60:.1f} min, "
+            f"{last['rss_mib']:.1f} MiB, {last['file_descriptors']} open files",
+            flush=True,
+        )
+
+
 def cycle(number: int, out: Path) -> None:
     """Train, evaluate and fuse by the entry points, in a folder of its own."""
     folder = out / "cycle"
@@ -156,7 +166,7 @@ def cycle(number: int, out: Path) -> None:
     train.main(training)
     evaluated = folder / "evaluation"
     asked = (f"run={folder / 'run'}", "baselines=[average]", "misregistration_mm=[0,2]")
-    asked = (*asked, f"out={evaluated}", "trainer.limit_test_batches=1", "pictures=1", cache)
+    asked = (*asked, f"out={evaluated}", "+trainer.limit_test_batches=1", "pictures=1", cache)
     evaluate.main(configured("evaluate", evaluated, *asked))
     study = next(Path(training.data.root).glob("case_*"))
     scans = (f"mri={study / 'mri.nii.gz'}", f"ct={study / 'ct.nii.gz'}")
@@ -227,13 +237,15 @@ def comparison(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
     faults = []
     for names, digits in ((MEMORY, 1), (COUNTS, 0)):
         for name, text in names.items():
-            before, after = middle(first, name), middle(last, name)
+            of_tenth = middle if names is MEMORY else least
+            before, after = of_tenth(first, name), of_tenth(last, name)
             if before != before or after != after or (name == "cuda_mib" and not before + after):
                 continue  # not measured in so few cycles; no CUDA
             change = after - before
             shown = f"{change / before:+.2%}" if names is MEMORY else f"{change:+g}"
             lines.append(f"| {text} | {before:.{digits}f} | {after:.{digits}f} | {shown} |")
-            if change > (TOLERANCE * before if names is MEMORY else 0):
+            is_judged = name != "peak_mib"  # looked at every other second: what it saw is chance
+            if is_judged and change > (TOLERANCE * before if names is MEMORY else 0):
                 faults.append(f"{text}: {before:.{digits}f} became {after:.{digits}f}")
     return "\n".join(lines), faults
 
@@ -241,6 +253,10 @@ def comparison(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
 def middle(rows: Sequence[Mapping[str, float]], name: str) -> float:
     values = [row[name] for row in rows if row[name] == row[name]]
     return float(median(values)) if values else float("nan")
+
+
+def least(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    return min(row[name] for row in rows)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, float]]) -> None:

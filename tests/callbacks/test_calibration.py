@@ -9,6 +9,7 @@ import torch
 from clinfuse.callbacks.calibration import FILE, CalibrationFit, read_calibration
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.rules import Weighted
+from clinfuse.metrics.calibration import REGIONS
 
 
 class Loud(FusionMethod):
@@ -87,3 +88,28 @@ def test_a_calibration_of_how_a_method_sampled_before_is_left_out_and_said(
     del without["sampling_version"]  # as files had it before they said
     (tmp_path / FILE).write_text(json.dumps(without))
     assert read_calibration(tmp_path, Loud()) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("level", 2), ("level", "high"), ("temperature", -1), ("temperature", "warm"),
+        ("misregistration_mm", None), ("quantile", {"brain": 1.0}), ("quantile", [1, 2]),
+        ("curve", {}), ("curve", {"brain": [[1.0], [1.0]]}), ("curve", "steep"),
+        *(("curve", dict.fromkeys(REGIONS, wrong)) for wrong in (
+            [[1.0, 0.5], [1.0, 1.0]], [[0.0], [1.0]], [[1.0], ["x"]], [[], []], [1.0],
+            [[1, 2], [3]], [[1.0], [float("nan")]], [[0.1], [1.0], [1.0]],
+        )),
+    ],
+)  # fmt: skip
+def test_a_calibration_of_something_else_than_numbers_is_refused(name, value, tmp_path):
+    good = {
+        "level": 0.9, "curve": {region: [[0.1, 0.5], [0.2, 0.4]] for region in REGIONS},
+        "quantile": dict.fromkeys(REGIONS, 1.6), "temperature": None, "case_ids": ["a"],
+        "misregistration_mm": 2.0,
+    }  # fmt: skip
+    (tmp_path / FILE).write_text(json.dumps(good))
+    read_calibration(tmp_path, Loud())
+    (tmp_path / FILE).write_text(json.dumps({**good, name: value}))
+    with pytest.raises(ValueError, match=f"expected a calibration, got .*{tmp_path}"):
+        read_calibration(tmp_path, Loud())

@@ -6,6 +6,8 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from clinfuse.data.augmentation import Augmentation
@@ -109,6 +111,41 @@ def test_no_two_draws_share_their_randomness():
         sampler.set_epoch(epoch)
         seeds += [draw.seed for draw in sampler]
     assert len(set(seeds)) == 1000
+
+
+def draws_of(sampler, epoch=0):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_an_epoch_goes_on_after_the_batches_that_were_done_and_the_next_is_whole():
+    whole = DrawSampler(cases=3, draws_per_epoch=10, seed=0, batch_size=4)
+    resumed = DrawSampler(cases=3, draws_per_epoch=10, seed=0, batch_size=4)
+    resumed.begin_at(epoch=2, batches=2)
+    assert len(resumed) == 10 and draws_of(resumed, 2) == draws_of(whole, 2)[8:]
+    assert draws_of(resumed, 3) == draws_of(whole, 3)
+
+
+@given(ranks=st.integers(1, 4), size=st.integers(1, 3), parts=st.integers(1, 9))
+def test_ranks_together_see_the_batches_of_one_process(ranks, size, parts):
+    draws = ranks * parts
+    one = draws_of(DrawSampler(5, draws, seed=1, batch_size=ranks * size), 3)
+    shares = [
+        draws_of(DrawSampler(5, draws, 1, batch_size=size, rank=rank, ranks=ranks), 3)
+        for rank in range(ranks)
+    ]
+    together = []
+    for first in range(0, parts, size):
+        together += [draw for share in shares for draw in share[first : first + size]]
+    assert together == one and {len(share) for share in shares} == {parts}
+    late = DrawSampler(5, draws, 1, batch_size=size, rank=ranks - 1, ranks=ranks)
+    late.begin_at(epoch=3, batches=1)
+    assert draws_of(late, 3) == shares[-1][size:] and len(late) == parts
+
+
+def test_an_epoch_that_cannot_be_shared_out_is_refused():
+    with pytest.raises(ValueError, match="3 processes can share out evenly, got 10 in batches of"):
+        DrawSampler(cases=3, draws_per_epoch=10, seed=0, batch_size=2, ranks=3)
 
 
 class Listener(lightning.LightningModule):

@@ -325,3 +325,12 @@ def test_the_real_sets_load_fuse_and_keep_their_hue(kind, shared_data, tmp_path,
         assert ((cb * source_cr - cr * source_cb) / length).abs().max() < ROUNDING
         assert ((cb * source_cb + cr * source_cr) / length).min() > -ROUNDING
         assert length.max() > 20 and cb.abs().max() + cr.abs().max() > 10  # there is colour
+
+
+def test_a_tiff_that_does_not_say_how_wide_it_is_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.new("L", (9, 8)).save(path)
+    width = (256).to_bytes(2, "little")  # the tag, as little-endian TIFF has it
+    path.write_bytes(path.read_bytes().replace(width + b"\4", b"\xff\xff\4", 1))
+    with pytest.raises(ValueError, match=f"expected a .*picture.*{path}"):
+        read_picture(path)

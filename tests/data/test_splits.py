@@ -112,3 +112,28 @@ def test_written_splits_are_read_again_and_say_where_they_came_from(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["splits.json"]
     with pytest.raises(FileNotFoundError, match="expected a JSON file with lists"):
         read_splits_file(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 5000,
+        b'{"train": ' + b"9" * 5000 + b"}",
+        b'{"\xff": []}',
+        b'{"' + b"x" * 5000 + b'": [], "train": []}',
+    ],
+)
+def test_whatever_else_a_file_holds_it_is_refused_in_one_short_sentence(content, tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"expected JSON with lists .*{path}") as caught:
+        read_splits(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_lists_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "splits").mkdir()
+    for split in ("train", "val", "test"):
+        (tmp_path / "splits" / f"{split}.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"expected lists of cases as text.*{tmp_path}"):
+        read_splits(tmp_path)

@@ -303,3 +303,14 @@ def test_a_real_patient_loads(shared_data, tmp_path):
     assert 700 < brain_ml < 1900  # most of an adult brain
     assert 150 < bone_ml < 1200
     assert not (study.roi[0] & study.roi[1]).any()
+
+
+def test_a_record_of_masks_that_names_no_tool_is_refused(make_study):
+    folder = make_study()
+    for made in ({"brain_mask": "a tool"}, {"bone_mask": {}}):
+        (folder / "study.json").write_text(json.dumps({"masks": made}))
+        with pytest.raises(ValueError, match=r"expected the tool that made each mask.*study\.json"):
+            load_study(folder)
+    (folder / "study.json").write_text("[" * 5000)
+    with pytest.raises(ValueError, match=r"expected JSON.*study\.json"):
+        load_study(folder)

@@ -5,6 +5,8 @@ import logging
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from clinfuse.data.volumes import (
@@ -226,6 +228,32 @@ def test_a_file_that_states_no_orientation_is_warned_about(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         read_volume(tmp_path / "a.nii.gz")
     assert "states no orientation" in caplog.text
+
+
+def test_texts_and_extensions_of_a_header_are_not_passed_on(tmp_path):
+    image = nib.Nifti1Image(values(), AFFINE)
+    for field in ("descrip", "aux_file", "intent_name", "db_name"):
+        image.header[field] = b"Doe^Jane"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(6, b"Doe^Jane, MRN-0042"))
+    nib.save(image, tmp_path / "given.nii")
+    volume = read_volume(tmp_path / "given.nii")
+    write_volume(tmp_path / "written.nii", volume.array, like=volume)
+    assert b"Doe" in (tmp_path / "given.nii").read_bytes()
+    assert b"Doe" not in (tmp_path / "written.nii").read_bytes()
+    np.testing.assert_array_equal(read_volume(tmp_path / "written.nii").array, volume.array)
+
+
+@given(data=st.data())
+def test_a_changed_file_is_read_or_refused_in_one_sentence_that_names_it(data, tmp_path_factory):
+    path = save(tmp_path_factory.mktemp("changed") / "a.nii", values((2, 3, 4)))
+    content = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, 351), min_size=1, max_size=6)):
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    try:
+        assert np.isfinite(read_volume(path).array).all()
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
 
 
 def test_an_array_of_another_size_is_not_written(tmp_path):

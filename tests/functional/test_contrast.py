@@ -42,3 +42,9 @@ def test_stripes_of_one_pixel_have_the_spatial_frequency_of_their_step():
 def test_a_ramp_has_its_slope_over_root_two_for_an_average_gradient():
     ramp = (torch.arange(0, 40, 4.0) / 127.5 - 1).expand(1, 1, 6, 10)
     assert average_gradient(ramp).item() == pytest.approx(4 / 2**0.5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 9), (2, 1, 3, 9, 1)])
+def test_slices_of_one_row_or_column_have_neither(shape):
+    for score in (spatial_frequency, average_gradient):
+        assert score(image(*shape)).isnan().tolist() == [True, True]

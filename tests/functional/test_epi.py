@@ -26,3 +26,8 @@ def test_an_image_keeps_its_own_edges_and_a_flat_one_none():
     image = torch.rand(1, 1, 12, 12)
     assert epi(image, image, image).item() == pytest.approx(1)
     assert epi(torch.zeros_like(image), image, image).isnan().all()
+
+
+def test_slices_in_which_no_pixel_has_eight_neighbours_have_no_edges():
+    for shape in ((2, 1, 2, 9), (2, 1, 4, 9, 1)):
+        assert epi(*torch.rand(3, *shape)).isnan().all()

@@ -13,6 +13,7 @@ from clinfuse.methods.base import (
     FusionMethod,
     Stage,
     case_generator,
+    case_places,
     staged_optimizer,
     step_generator,
     warmup_cosine,
@@ -155,6 +156,28 @@ def test_noise_belongs_to_a_case_or_to_a_step_and_to_a_seed():
     draws = [draw(case_generator(case, seed)) for case in ("a", "b") for seed in (0, 1)]
     draws += [draw(step_generator(step, seed)) for step in (0, 1, 10) for seed in (0, 1, 10)]
     assert len({tuple(d) for d in draws}) == len(draws)
+
+
+def test_cases_of_a_step_have_noise_of_their_own_and_the_first_that_of_the_step():
+    def draw(*place):
+        return torch.randn(5, generator=step_generator(3, 0, *place)).tolist()
+
+    assert draw() == draw(0) and len({tuple(draw(place)) for place in range(20)}) == 20
+    assert list(case_places(Brightest(), 3, 5)) == [0, 1, 2]  # by itself, without a trainer
+
+
+def test_accumulated_batches_teach_what_they_would_together(phantoms):
+    def taught(*overrides):  # a step of each stage: sources, anchor and, with noise, denoiser
+        method = phantoms.method("clinfuse")
+        begun = [parameter.clone() for parameter in method.parameters()]
+        fitted(method, phantoms, 3, *overrides, "trainer.precision=32-true")
+        return [p - before for p, before in zip(method.parameters(), begun, strict=True)]
+
+    together = taught("data.batch_size=2")
+    apart = taught("data.batch_size=1", "trainer.accumulate_grad_batches=2")
+    moved = torch.cat([change.flatten() for change in together]).abs().mean()
+    differs = torch.cat([(a - b).flatten() for a, b in zip(together, apart, strict=True)])
+    assert moved > 1e-5 and differs.abs().mean() < 0.02 * moved
 
 
 def test_the_noise_of_a_step_does_not_touch_the_global_state():

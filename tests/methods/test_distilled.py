@@ -71,7 +71,7 @@ def test_a_student_learns_where_its_teacher_arrives(phantoms):
     with torch.no_grad():
         anchor = teacher.anchor(batch)
     anchor.mean.mul_(0.8)  # so that the guidance has somewhere to go
-    states, r_0 = student._taught(batch, anchor)
+    states, r_0 = student._taught(batch, anchor, range(len(batch)))
     assert len(states) == student.steps + 1 and torch.equal(states[-1], r_0)
     aim = r_0.mean(0, keepdim=True)
     assert (anchor.scale * aim).abs().max() > 0.01
@@ -108,7 +108,8 @@ def test_a_step_of_training_moves_the_student_and_leaves_the_teacher(phantoms):
     _, student = taught(phantoms)
     student.train()
     student.log_dict = lambda *_, **__: None
-    student.trainer = type("Trainer", (), {"global_step": 0, "estimated_stepping_batches": 10})()
+    facts = {"global_step": 0, "estimated_stepping_batches": 10, "accumulate_grad_batches": 1}
+    student.trainer = type("Trainer", (), facts | {"global_rank": 0, "world_size": 1})()
     before = {name: p.clone() for name, p in student.named_parameters()}
     loss = student.training_step(phantoms.batch(2.0, case=7), 0)
     loss.backward()

@@ -1,4 +1,8 @@
+import itertools
+import logging
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,8 +14,13 @@ from clinfuse.networks.rigid_registration import SynthesisRegistration
 from clinfuse.networks.source_denoiser import SourceDenoiser
 from clinfuse.networks.windows import (
     VoxelNorm,
+    Windowed,
     Windows,
     blended,
+    limit_memory,
+    part_of,
+    smallest_window,
+    windows_used,
     windows_within,
     with_local_norms,
 )
@@ -104,7 +113,7 @@ def windowed_and_whole(local, windows):
     outs = []
     with torch.no_grad():
         for chosen in (None, windows):
-            network._windows = lambda grid, batch, chosen=chosen: chosen
+            network.windows = lambda grid, stride, batch, silent=8, chosen=chosen: chosen
             outs.append(network(state, network.encode(mri, ct, roi), level))
     whole, windowed = outs
     return ((whole - windowed).abs().max() / (whole.max() - whole.min())).item()
@@ -127,3 +136,151 @@ def test_a_source_denoiser_says_the_same_in_windows():
         denoiser.memory_gb = 5 * 30 * 30 * denoiser.bytes_per_voxel / 1e9
         torch.testing.assert_close(denoiser(volume), whole, atol=1e-5, rtol=1e-5)
     assert (whole - volume).abs().max() > 0.01
+
+
+OUT_OF_MEMORY = {
+    "a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+    "a CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 8796093022208 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "C++": RuntimeError("std::bad_alloc"),
+    "Python": MemoryError(),
+}
+
+
+class Greedy(Windowed):
+    """Gives a volume twice over, where no more than ``most`` voxels are asked for at once."""
+
+    def __init__(self, most, error):
+        super().__init__()
+        self.most, self.error, self.asked = most, error, []
+        self.bytes_per_voxel = 100.0
+
+    def forward(self, volume):
+        def evaluate(window):
+            part = part_of(volume, window)
+            self.asked.append(tuple(part.shape[2:]))
+            if math.prod(part.shape[2:]) > self.most:
+                raise self.error
+            return 2 * part
+
+        return self.answer(evaluate, volume.shape[2:], 4, len(volume), silent=2)
+
+
+@pytest.mark.parametrize("who", OUT_OF_MEMORY)
+def test_where_memory_runs_out_the_window_is_halved_until_it_fits_and_it_is_said(who, caplog):
+    volume, network = torch.randn(2, 1, 32, 80, 80), Greedy(20_000, OUT_OF_MEMORY[who])
+    limit_memory(network, None)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        answer = network(volume)
+        torch.testing.assert_close(answer, 2 * volume)
+        refused = [shape for shape in network.asked if math.prod(shape) > network.most]
+        assert refused[0] == (32, 80, 80) and len(refused) == len(caplog.records)
+        sizes = [math.prod(shape) for shape in [*refused, network.used.shape]]
+        assert all(2 * after <= before for before, after in itertools.pairwise(sizes))
+        assert sizes[-1] > network.most / 3  # and no smaller than it has to be
+        assert caplog.messages[0].startswith("memory ran out in Greedy at 32 x 80 x 80 voxels of")
+        assert "halved until they fitted the memory that was left" in windows_used(network)
+
+        used, network.asked = network.used, []
+        network(volume)  # what did not fit once is not tried again
+        assert max(map(math.prod, network.asked)) <= math.prod(used.shape)
+        direct = Greedy(math.inf, None)
+        limit_memory(direct, network.memory_gb)  # the same windows, asked for
+        assert torch.equal(direct(volume), answer) and direct.used == used
+        assert "halved" not in windows_used(direct)
+    limit_memory(network, None)
+    assert windows_used(network) == "" and network.halvings == 0
+
+
+def test_where_not_even_the_smallest_window_fits_it_is_said_what_would_do():
+    volume, network = torch.randn(3, 1, 32, 80, 80), Greedy(1000, OUT_OF_MEMORY["a CPU"])
+    assert smallest_window((32, 80, 80), 4, 2) == [12, 12, 12]
+    gigabytes = 12**3 * 100 * 3 / 1e9
+    with (
+        torch.no_grad(),
+        pytest.raises(MemoryError, match=rf"12 x 12 x 12 voxels .* {gigabytes:.2g} GB.*members="),
+    ):
+        network(volume)
+    assert network.asked[-1] == (12, 12, 12)
+
+
+def test_what_windows_cannot_mend_is_left_as_it_was():
+    volume, network = torch.randn(1, 1, 32, 80, 80), Greedy(20_000, RuntimeError("sizes differ"))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="sizes differ"):
+        network(volume)
+    network.error = OUT_OF_MEMORY["a GPU"]
+    with pytest.raises(torch.OutOfMemoryError):  # gradients: all windows keep what the whole does
+        network(volume)
+    assert network.asked == 2 * [(32, 80, 80)] and network.halvings == 0
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+import numpy as np
+import nibabel as nib
+from pathlib import Path
+from clinfuse import fuse
+from clinfuse.networks.windows import Windowed
+from tests.conftest import Phantoms
+
+run, out = Path(sys.argv[1]), Path(sys.argv[2])
+study = next((run.parent / "smoke_cache").glob("phantoms_*")) / "case_000"
+scans = []
+for name in ("mri", "ct", "brain_mask", "bone_mask", "lesion_mask"):
+    image = nib.load(study / f"{name}.nii.gz")
+    large = np.asarray(image.dataobj).repeat(12, 0).repeat(4, 1)
+    affine = image.affine @ np.diag([1 / 12, 1 / 4, 1, 1])
+    nib.save(nib.Nifti1Image(large, affine), out / f"{name}.nii.gz")
+    scans.append(f"{name}={out / name}.nii.gz")
+
+
+def fused(name, memory_gb):
+    asked = (f"run={run}", *scans, f"out={out / name}", f"memory_gb={memory_gb}", "members=4")
+    fuse.main(Phantoms(out / "cache").config(*asked, name="fuse", folder=out / "hydra"))
+    return nib.load(out / name / "fused.nii.gz").get_fdata()
+
+
+def megabytes(what):
+    (line,) = (l for l in Path("/proc/self/status").read_text().splitlines() if what in l)
+    return int(line.split()[1]) / 1024
+
+
+windows, halve, answered = Windowed.windows, Windowed._halve, []
+
+def recorded(self, *asked, **named):
+    answered.append(windows(self, *asked, **named))
+    return answered[-1]
+
+def halved(self, *asked):
+    answered.pop()
+    return halve(self, *asked)
+
+fused("small", 0.02)
+windowed = megabytes("VmPeak")
+fused("whole", "null")
+print("whole takes", megabytes("VmPeak") - windowed, "MB more", flush=True)
+limit = int((windowed + (megabytes("VmPeak") - windowed) / 2) * 2**20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+Windowed.windows, Windowed._halve = recorded, halved
+under = fused("under", "null")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+sequence = iter(answered)
+Windowed.windows, Windowed._halve = lambda self, *_, **__: next(sequence), halve
+direct = fused("direct", "null")
+print("windows", sum(w is not None for w in answered), "same", np.array_equal(under, direct))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_a_volume_is_fused_whole_as_far_as_a_limit_of_memory_lets_it(smoke_run, tmp_path):
+    command = [sys.executable, "-c", UNDER_A_LIMIT, str(smoke_run), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "memory ran out in " in done.stderr + done.stdout
+    assert "halved until they fitted the memory that was left" in done.stdout
+    *_, last = done.stdout.splitlines()
+    _, count, _, is_same = last.split()
+    assert int(count) > 0 and is_same == "True"

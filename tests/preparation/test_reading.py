@@ -414,3 +414,16 @@ def test_real_windowed_pairs_raise_no_false_alarm_and_real_hu_is_known(shared_da
     for name in ("adc", "dwi", "flair"):
         (file,) = (shared_data / "isles22_case").glob(f"*_{name}.nii.gz")
         assert looks_like_ct(read_scan(file).image) is False
+
+
+@pytest.mark.parametrize("value", [np.float32(3e38), np.float32(1e-44)])
+def test_an_affine_that_no_arithmetic_survives_is_refused_by_name(value, tmp_path):
+    path = tmp_path / "a.nii"
+    nib.save(nib.Nifti1Image(np.ones((4, 5, 6), np.int16), np.diag([2.0, 2, 4, 1])), path)
+    content = bytearray(path.read_bytes())
+    for place in (280, 300, 316):  # of the sform
+        content[place : place + 4] = value.tobytes()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"expected .*: {path}") as caught:
+        read_scan(path)
+    assert "\n" not in str(caught.value)

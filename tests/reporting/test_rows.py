@@ -175,3 +175,25 @@ def test_no_rows_make_an_empty_file_with_a_header(tmp_path):
     write_rows(tmp_path / "cases.csv", [])
     assert read_rows(tmp_path / "cases.csv").empty
     assert (tmp_path / "cases.csv").read_text() == ",".join(rows_module.CASE_COLUMNS) + "\n"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace(b"\n", b",1,2,3,4,5,6,7,8,9\n"),  # in the second line more cells
+        lambda text: text + b'a,"b',
+        lambda text: b"\xff\xfe" + text,
+        lambda text: text.replace(b"case_id", b"x" * 3000),
+        lambda text: text.replace(b"psnr,", b"psnr," + b"9" * 5000),
+        lambda text: text + b"\n" * 3 + text,
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(damage, tmp_path):
+    path = tmp_path / "cases.csv"
+    write_rows(path, [row(metric="psnr")])
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(damage(first + b"\n" + rest))
+    with pytest.raises(ValueError) as caught:
+        read_rows(path)
+    said = str(caught.value)
+    assert str(path) in said and "\n" not in said and len(said) < 1000

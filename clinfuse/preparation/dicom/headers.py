@@ -8,7 +8,6 @@ from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.errors import InvalidDicomError
 from pydicom.misc import is_dicom
 from pydicom.uid import MediaStorageDirectoryStorage
 
@@ -56,9 +55,10 @@ def read_file(path: Path, stop_before_pixels: bool = False) -> FileDataset:
     try:
         with warnings.catch_warnings(action="ignore"):
             return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
-    except (InvalidDicomError, EOFError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # of bytes that are no DICOM; it may quote them, and so the patient
         raise ValueError(
-            f"expected a DICOM file, got a truncated or corrupt one ({one_line(error)}): {path}"
+            f"expected a DICOM file, got a truncated or corrupt one ({type(error).__name__}): "
+            f"{path}"
         ) from error
 
 
@@ -67,17 +67,20 @@ def _series_of(paths: Iterator[Path] | Sequence[Path]) -> list[Series]:
     headers: dict[tuple[Any, ...], Dataset] = {}
     echoes: dict[str, set[str]] = defaultdict(set)
     for path in paths:
-        if content := _header(path):
-            try:  # pydicom parses values when they are asked for
-                uid, echo = str(content.SeriesInstanceUID), str(content.get("EchoNumbers") or "")
-                key = (_number(content), uid, _patient(content), _is_localiser(content), echo)
-                slices[key] += _frames(content, path)
-            except (ValueError, TypeError, ArithmeticError) as error:
-                raise ValueError(
-                    f"expected a readable DICOM header, got {one_line(error)}: {path}"
-                ) from error
-            headers.setdefault(key, content)
-            echoes[uid].add(echo)
+        try:  # pydicom parses values when they are asked for
+            if (content := _header(path)) is None:
+                continue
+            uid, echo = str(content.SeriesInstanceUID), str(content.get("EchoNumbers") or "")
+            key = (_number(content), uid, _patient(content), _is_localiser(content), echo)
+            slices[key] += _frames(content, path)
+        except Exception as error:
+            if isinstance(error, ValueError) and str(path) in str(error):
+                raise
+            raise ValueError(
+                f"expected a readable DICOM header, got {one_line(error)}: {path}"
+            ) from error
+        headers.setdefault(key, content)
+        echoes[uid].add(echo)
     found = []
     for key in sorted(slices):
         number, uid, patient, is_localiser, echo = key

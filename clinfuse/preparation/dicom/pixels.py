@@ -59,7 +59,9 @@ def _stored(dataset: FileDataset, file: Path) -> np.ndarray:
     """Stored values (frame, row, column): by pydicom, and by GDCM what pydicom cannot decode."""
     if "PixelData" not in dataset:
         raise ValueError(f"expected pixels, got a file cut off before them: {file}")
-    syntax = dataset.file_meta.TransferSyntaxUID
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if syntax is None or not syntax.is_transfer_syntax:
+        raise ValueError(f"expected a transfer syntax, got none that is known: {file}")
     try:
         with warnings.catch_warnings(action="ignore"):
             stored = dataset.pixel_array

@@ -51,3 +51,24 @@ def test_a_multi_frame_file_counts_its_frames(dicom, tmp_path):
 def test_a_header_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a readable DICOM header.*badVR\.dcm"):
         series_of_file(Path(get_testdata_file("badVR.dcm", download=False)))
+
+
+@pytest.mark.parametrize("damage", ["length", "syntax", "kind"])
+def test_a_damaged_header_is_refused_without_quoting_the_patient(damage, dicom, tmp_path):
+    dicom.write(tmp_path, dicom.hounsfield(), dicom.affine())
+    file = sorted(tmp_path.iterdir())[-1]
+    content = bytearray(file.read_bytes())
+    if damage == "length":  # of the first element: all that follows becomes its value
+        content[138:140] = (1081).to_bytes(2, "little")
+    elif damage == "syntax":
+        at = content.index(b"\x02\x00\x10\x00UI")
+        content[at + 8 : at + 12] = b"9.9."
+    else:
+        at = content.index(b"\x28\x00\x10\x00US")  # of Rows
+        content[at + 4 : at + 6] = b"U\0"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected .*, got ") as caught:
+        dicom.read(tmp_path)
+    said = str(caught.value)
+    assert str(tmp_path) in said and "\n" not in said
+    assert not [name for name in ("Doe", "MRN-0042", "19610203") if name in said]
