@@ -132,7 +132,9 @@ def check_references(content: Any, path: Path) -> None:
 def named_by(conf: Path) -> Named:
     """What the options of a training name in a folder of configurations."""
     files = [conf / "train.yaml", *(f for group in GROUPS for f in (conf / group).glob("*.yaml"))]
-    targets, methods, fetched = set(), set(), []
+    targets: set[str] = set()
+    methods: set[str] = set()
+    fetched: list[Mapping[str, Any]] = []
     for file in files:
         text = file.read_text("utf-8") if file.is_file() else ""
         if "_target_" not in text:

@@ -33,7 +33,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from clinfuse.allowed import check_named, check_text
 from clinfuse.callbacks.checkpoint import PREVIOUS, read_whole
@@ -504,13 +504,13 @@ def building(folder: str | Path) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if isinstance(cause, _EXPECTED):
-            raise
-        reason = shorten(" ".join(f"{type(cause).__name__}: {cause}".split()), 200)
-        raise ValueError(
-            f"expected a configuration that builds, got {reason}: "
-            f"{Path(folder) / '.hydra' / 'config.yaml'}"
-        ) from error
+        path, said = Path(folder) / ".hydra" / "config.yaml", " ".join(str(cause).split())
+        if isinstance(cause, _EXPECTED) and not isinstance(cause, OmegaConfBaseException):
+            if not isinstance(cause, ValueError) or str(folder) in said:
+                raise
+            raise ValueError(f"{said} (in {path})") from error
+        reason = shorten(f"{type(cause).__name__}: {said}", 200, placeholder=" …")
+        raise ValueError(f"expected a configuration that builds, got {reason}: {path}") from error
 
 
 def checkpoint_content(path: Path) -> dict[str, Any]:

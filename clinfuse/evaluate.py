@@ -168,10 +168,10 @@ def score_shared(
     worklist = Worklist(out / "rows", data.splits["test"], share_of(cfg.shard, os.environ))
 
     def make(case: str, scratch: Path) -> None:
+        for of_another in (recorder.rows, recorder.views, recorder.pairs):
+            of_another.clear()
         score(cfg, methods, OneCase(data, case), recorder)
         write_rows(scratch / "cases.csv", recorder.rows)
-        for kept in (recorder.rows, recorder.views, recorder.pairs):
-            kept.clear()
         print(f"scored: {case}", flush=True)
 
     worklist.go(make)
@@ -181,6 +181,7 @@ def score_shared(
     with worklist.alone():
         if len(worklist.done) == len(worklist.cases):
             recorder.rows = in_order([worklist.folder / case for case in worklist.cases])
+            recorder.views, recorder.pairs = [], []
             recorder.levels = {c.level for *_, c in methods if c is not None}
             recorder.reliability.clear()  # of this worker's cases alone
             write_evaluation(cfg, data, recorder)
@@ -219,7 +220,8 @@ def in_order(folders: Sequence[Path]) -> list[dict[str, Any]]:
     tests = rows[list(_TEST)].apply(tuple, axis=1)
     order = {test: i for i, test in enumerate(dict.fromkeys(tests))}
     ordered = rows.assign(test=tests.map(order)).sort_values(["test", "case"], kind="stable")
-    return ordered[list(CASE_COLUMNS)].to_dict("records")
+    plain = ordered[list(CASE_COLUMNS)].itertuples(index=False)
+    return [dict(zip(CASE_COLUMNS, row, strict=True)) for row in plain]
 
 
 _TEST = ("method", "preset", "seed", "misregistration_mm", "perturbation", "amount")

@@ -187,8 +187,7 @@ def shared_training(trainings: Path, key: str, folder: Path) -> Iterator[Path | 
     record = trainings / f"{key}.json"
     with one_at_a_time(trainings / f"{key}.lock"):
         trained = Path(json.loads(record.read_text())["folder"]) if record.is_file() else None
-        is_there = trained is not None and (trained / CHECKPOINT).is_file()
-        if is_there and trained != folder.resolve() and _is_readable(trained / CHECKPOINT):
+        if trained != folder.resolve() and _is_readable(trained):
             yield trained
             return
         yield None
@@ -213,9 +212,11 @@ def adopt_training(trained: Path, folder: Path) -> None:
         shutil.copyfile(trained / "cost.json", folder / "cost.json")
 
 
-def _is_readable(checkpoint: Path) -> bool:
+def _is_readable(trained: Path | None) -> bool:
+    if trained is None or not (trained / CHECKPOINT).is_file():
+        return False
     try:
-        checkpoint_content(checkpoint)
+        checkpoint_content(trained / CHECKPOINT)
     except ValueError as error:
         log.warning("%s: trained anew", error)
         return False

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from clinfuse.configuration import (
     CONFIG_PATH,
     add_draws,
     build_method,
+    building,
     checkpoint_content,
     checkpoint_of,
     in_one_sentence,
@@ -77,12 +79,17 @@ def main(cfg: DictConfig) -> float | None:
             print(f"finished before: {folder}", flush=True)
             return state.objective
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = instantiate(cfg.data, _convert_="all")
+    built: Callable[[], Any] = contextlib.nullcontext
+    if cfg.resume:  # from a file that may be edited or damaged
+        built = partial(building, folder)
+    with built():
+        data = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
     data.setup("fit")
     if cfg.test:
         data.setup("test")  # what cannot be tested is said now, not after the training
-    method = build_method(cfg)
+    with built():
+        method = build_method(cfg)
     if cfg.get("teacher") is not None:
         check_patients(cfg.teacher, data)
         if own_checkpoint(folder) is None:
@@ -91,7 +98,8 @@ def main(cfg: DictConfig) -> float | None:
         log.info(
             "no lesion head (lesion_head=FOLDER names one): gamma is off, lesion rows are left out"
         )
-    trainer = trainer_of(cfg)
+    with built():
+        trainer = trainer_of(cfg)
     if method.is_trainable:
         gather_ranks(trainer)
     facts: dict[str, Any] = {}

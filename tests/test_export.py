@@ -4,11 +4,19 @@ import shutil
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from clinfuse.callbacks.calibration import read_calibration
-from clinfuse.configuration import lesion_head_of, run_config, trained_method, weights_of
+from clinfuse.configuration import (
+    CONFIG_PATH,
+    lesion_head_of,
+    run_config,
+    trained_method,
+    weights_of,
+)
 from clinfuse.export import export, imported, main
 from clinfuse.networks.pretrained import read_safetensors
 
@@ -57,8 +65,6 @@ def test_configuration_and_calibration_are_the_runs(exported, smoke_run):
 
 
 def test_an_exported_lesion_head_is_one(phantoms, tmp_path):
-    from omegaconf import OmegaConf
-
     built, run = phantoms.method("lesion_head"), tmp_path / "head"
     for part in (".hydra", "checkpoints"):
         (run / part).mkdir(parents=True)
@@ -78,13 +84,19 @@ def test_a_checkpoint_counts_before_what_was_exported(smoke_run, exported, tmp_p
     assert weights_of(run).path.suffix == ".ckpt"
 
 
-def test_the_command_line_does_both(smoke_run, phantoms, tmp_path, capsys):
+def configured(*overrides):
+    """What the entry point would get for these overrides."""
+    with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        return compose("export", list(overrides))
+
+
+def test_the_command_line_does_both(smoke_run, tmp_path, capsys):
     file, run = tmp_path / "a.safetensors", tmp_path / "again"
-    main(phantoms.config(f"run={smoke_run}", f"out={file}", name="export"))
-    main(phantoms.config(f"file={file}", f"out={run}", name="export"))
+    main(configured(f"run={smoke_run}", f"out={file}"))
+    main(configured(f"file={file}", f"out={run}"))
     assert capsys.readouterr().out == f"exported: {file}\nrun: {run}\n"
     with pytest.raises(SystemExit):
-        main(phantoms.config(f"file={file}", f"run={run}", f"out={run}", name="export"))
+        main(configured(f"file={file}", f"run={run}", f"out={run}"))
     assert "expected run=RUN out=FILE.safetensors, or file=" in capsys.readouterr().err
 
 

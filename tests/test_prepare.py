@@ -136,7 +136,7 @@ def test_the_studies_load_without_another_flag(cohort):
         ((), "expected input and output on the command line, missing input=... output=..."),
         (("input=nowhere", "output=out"), "expected files to fetch, got none for this cohort"),
         (("input=empty", "output=out"), "expected cases as PATIENT/mri.* and PATIENT/ct.*"),
-        (("input=half", "output=out"), "expected ct, found ['mri']"),
+        (("input=half", "output=out"), "expected ct, found ['lesion_mask', 'mri']"),
     ],
 )
 def test_a_wrong_command_ends_in_one_sentence_and_writes_nothing(

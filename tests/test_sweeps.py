@@ -200,3 +200,24 @@ def test_one_bad_job_of_a_sweep_leaves_the_others_their_turn(entry_point, phanto
     assert [(tmp_path / str(n) / "failed.txt").is_file() for n in range(4)] == [1, 0, 1, 0]
     assert json.loads((tmp_path / "1" / "run.json").read_text())["is_finished"]
     assert done.stderr.count("clinfuse: failed: ") == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_jobs_in_processes_of_their_own_share_a_training_and_a_table(
+    entry_point, phantoms, tmp_path
+):
+    folder, trainings = tmp_path / "sweep", tmp_path / "trainings"
+    done = entry_point(
+        "clinfuse.train", "-m", *SMOKE, "sweep=steps", "scale=none", "sampler=ddim",
+        "+grids.steps='1,2'", "trainer.max_epochs=1", f"cache_dir={phantoms.cache_dir}",
+        f"trainings={trainings}", f"hydra.sweep.dir={folder}", "hydra/launcher=processes",
+        "callbacks.progress=null",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (remembered,) = trainings.glob("*.json")
+    trained = json.loads(remembered.read_text())["folder"]
+    logs = {str(log.parent): log.read_text() for log in folder.glob("*/train.log")}
+    adopted = [run for run, log in logs.items() if f"settings: {trained}" in log]
+    assert len(logs) == 2 and len(adopted) == 1 and trained in set(logs) - set(adopted)
+    rows = pd.read_csv(folder / "table" / "cases.csv")
+    assert rows.groupby("method").size().nunique() == 1 and rows["method"].nunique() == 2

@@ -154,7 +154,7 @@ def test_a_run_killed_in_an_epoch_and_resumed_ends_as_if_nothing_had_happened(
     assert json.loads((folder / "cost.json").read_text())["training_steps"] == 12
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_run_that_was_asked_to_end_goes_on_within_the_epoch_by_the_same_command(
     workers, smoke_run, phantoms, tmp_path, monkeypatch
 ):

@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -86,8 +87,9 @@ def read_calibration(folder: str | Path, method: FusionMethod) -> Calibration | 
         version = fitted.pop(VERSION, 1)
         calibration = _checked(Calibration(**fitted))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = shorten(" ".join(str(error).split()), 200, placeholder=" …")
         raise ValueError(
-            f"expected a calibration, got {error}: {path}; "
+            f"expected a calibration, got {reason}: {path}; "
             f"calibrate again by python -m clinfuse.train resume={folder}"
         ) from error
     if version != method.sampling_version:

@@ -90,8 +90,9 @@ class RunCheckpoint(Interruptions, Checkpoint):
         if self._goes_on is None:
             return
         batches, states = self._goes_on.get("batches", 0), self._goes_on.get("random")
+        epochs: Any = trainer.fit_loop.epoch_progress.current
         for sampler in _samplers(trainer):
-            sampler.begin_at(trainer.fit_loop.epoch_progress.current.processed, batches)
+            sampler.begin_at(epochs.processed, batches)
         fetcher: Any = trainer.fit_loop._data_fetcher
         if batches:  # the epoch's loader drew its number before the checkpoint, as this one has now
             iter(fetcher)
@@ -202,7 +203,8 @@ def read_whole(path: Path) -> Any:
 
 def random_states() -> dict[str, Any]:
     """The states of the generators that a whole process shares, in plain data and tensors."""
-    _, keys, *rest = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
+    _, keys, *rest = of_numpy
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),

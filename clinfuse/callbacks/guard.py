@@ -199,6 +199,7 @@ def repeated(path: str | Path, method: LightningModule) -> Repetition:
         max_epochs=-1,
         max_steps=kept["steps"],
         accumulate_grad_batches=len(batches),
+        limit_val_batches=0,
         precision=precision,
         devices=1,
         callbacks=[again],

@@ -24,7 +24,7 @@ class Silent(Logger):
 
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks: of all ranks, or by itself."""
-    return int(rank_zero_only.rank) == 0
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def gather(trainer: Trainer) -> None:
@@ -51,7 +51,7 @@ def part(trainer: Trainer) -> None:
 
 def starts_its_own(trainer: Trainer) -> bool:
     """Whether a trainer of several ranks has to start them: neither Slurm nor torchrun has."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    environment: Any = getattr(trainer.strategy, "cluster_environment", None)
     return trainer.world_size > 1 and not environment.creates_processes_externally
 
 
@@ -62,11 +62,6 @@ def alone(devices: Any) -> dict[str, Any]:
         devices: as the Trainer would be told otherwise; a list of one names the device.
     """
     is_named = isinstance(devices, Sequence) and not isinstance(devices, str) and len(devices) == 1
-    return {
-        "devices": list(devices) if is_named else 1,
-        "num_nodes": 1,
-        "strategy": "auto",
-        "plugins": [
-            LightningEnvironment()
-        ],  # Slurm's would ask for as many devices as it has tasks
-    }
+    own = [LightningEnvironment()]  # Slurm's would ask for as many devices as it has tasks
+    one: Any = list(devices) if is_named else 1
+    return {"devices": one, "num_nodes": 1, "strategy": "auto", "plugins": own}

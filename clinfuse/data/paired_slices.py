@@ -45,6 +45,7 @@ from clinfuse.data.splits import (
     read_splits_file,
     write_splits,
 )
+from clinfuse.data.workers import begin_worker
 from clinfuse.functional.surface import NO_SURFACE_MM
 from clinfuse.functional.warp import rigid_matrix
 from clinfuse.types import SliceBatch
@@ -346,6 +347,7 @@ class PairedSlices(lightning.LightningDataModule):
             ),
             collate_fn=collate_slices,
             num_workers=self.num_workers,
+            worker_init_fn=begin_worker,
             persistent_workers=self.num_workers > 0,
         )
 
@@ -449,6 +451,7 @@ class PairedSlices(lightning.LightningDataModule):
             batch_size=1,
             collate_fn=collate_slices,
             num_workers=self.num_workers,
+            worker_init_fn=begin_worker,
         )
 
     def _find_splits(self) -> tuple[Splits, str]:

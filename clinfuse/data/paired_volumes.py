@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import lightning
 import numpy as np
-import SimpleITK as sitk
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -37,6 +36,7 @@ from clinfuse.data.study_items import (
     random_window,
     study_item,
 )
+from clinfuse.data.workers import begin_worker
 from clinfuse.functional.intensity import CtMap
 from clinfuse.types import FusionBatch
 
@@ -432,7 +432,7 @@ class PairedVolumes(lightning.LightningDataModule):
             collate_fn=COLLATING[self.moved_by],
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=begin_worker,
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -495,7 +495,7 @@ class PairedVolumes(lightning.LightningDataModule):
             batch_size=1,
             collate_fn=collate_batches,
             num_workers=self.num_workers,
-            worker_init_fn=_one_thread,
+            worker_init_fn=begin_worker,
         )
 
     def _find_splits(self) -> tuple[Splits, str]:
@@ -521,7 +521,3 @@ class PairedVolumes(lightning.LightningDataModule):
 
 def _seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _one_thread(_worker: int) -> None:
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

@@ -24,13 +24,13 @@ EXPECTED = (ValueError, OSError, ConnectionError)
 
 
 class Share(NamedTuple):
-    """Every ``count``-th case from ``index``, the first being 0."""
+    """Every ``parts``-th case from ``part``, the first being 0."""
 
-    index: int
-    count: int
+    part: int
+    parts: int
 
     def of(self, cases: Sequence[str]) -> list[str]:
-        return list(cases[self.index :: self.count])
+        return list(cases[self.part :: self.parts])
 
 
 def share_of(asked: str | None, environment: Mapping[str, str]) -> Share | None:
@@ -45,9 +45,9 @@ def share_of(asked: str | None, environment: Mapping[str, str]) -> Share | None:
         return None
     if asked == "rank":
         return _rank(environment)
-    index, slash, count = asked.partition("/")
-    if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
-        return Share(int(index), int(count))
+    part, slash, parts = asked.partition("/")
+    if slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts):
+        return Share(int(part), int(parts))
     raise ValueError(f"expected shard=I/N with I from 0 to N - 1, or shard=rank, got {asked}")
 
 
@@ -72,7 +72,7 @@ def _rank(environment: Mapping[str, str]) -> Share:
         within = Share(number("SLURM_PROCID", 0), number("SLURM_NTASKS", 1))
     else:
         return share
-    return Share(share.index * within.count + within.index, share.count * within.count)
+    return Share(share.part * within.parts + within.part, share.parts * within.parts)
 
 
 def begun_alike(record: Path, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,8 +42,10 @@ def fmi_gradient(
 ) -> Float[Tensor, " b"]:
     """FMI of derivatives along w: central differences, one-sided at the border.
 
-    As ``fmi_pixel``; the published code takes the one derivative too.
+    As ``fmi_pixel``; the published code takes the one derivative too. NaN for slices of one column.
     """
+    if fused.shape[-1] < 2:
+        return fused.new_full((len(fused),), torch.nan)
     return _fmi(lambda slices: torch.gradient(slices, dim=-1)[0], fused, mri, ct)
 
 

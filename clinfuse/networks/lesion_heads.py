@@ -370,7 +370,8 @@ def _inference(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"expected a readable configuration, got {type(error).__name__}: {path}"
         ) from error
-    waiting, seen = [config], 0
+    waiting: list[Any] = [config]
+    seen = 0
     while waiting:
         node, seen = waiting.pop(), seen + 1
         if isinstance(node, Mapping | list):

@@ -36,7 +36,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of weights, found no file at {path}")
-    content = read_safetensors(path)[0] if path.suffix == SAFETENSORS else _unpickled(path)
+    is_safe = path.suffix == SAFETENSORS
+    content: Any = read_safetensors(path)[0] if is_safe else _unpickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:

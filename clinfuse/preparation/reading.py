@@ -30,8 +30,8 @@ SOFT_TISSUE_HU = (-20.0, 100.0)
 LEAST_HU = -1024.0
 """CT has nothing below: scanners fill the corners that they do not see with -2048 or so."""
 
-LEAST_EXTENT_MM = 2.0
-"""A head whose header counts in metres is 0.2 across."""
+LEAST_EXTENT_MM, MOST_EXTENT_MM = 2.0, 20_000.0
+"""A head whose header counts in metres is 0.2 across, and in micrometres 200,000."""
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -268,10 +268,11 @@ def _three_dimensional(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
 def _checked(image: sitk.Image, path: Path, notes: list[str]) -> Scan:
     """A scan of finite voxels and perpendicular axes, without padding below air."""
     extent_mm = max(n * size for n, size in zip(image.GetSize(), image.GetSpacing(), strict=True))
-    if extent_mm < LEAST_EXTENT_MM:
+    if not LEAST_EXTENT_MM <= extent_mm <= MOST_EXTENT_MM:
+        units = "metres" if extent_mm < LEAST_EXTENT_MM else "other units"
         raise ValueError(
             f"expected a head in millimetres, got a field of view of {extent_mm:.2g} mm, as of a "
-            f"header in metres: {path}"
+            f"header in {units}: {path}"
         )
     array = sitk.GetArrayViewFromImage(image)
     bad = int(array.size - np.isfinite(array).sum())

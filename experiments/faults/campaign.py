@@ -45,6 +45,7 @@ from commands import (
 
 from clinfuse.configuration import commit
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 TOTAL_STEPS = 12
 COLUMNS = ("kind", "fault", "command", "what", "status", "outcome", "said", "broken", "commit")
 
@@ -87,7 +88,7 @@ class Campaign:
     @cached_property
     def run(self) -> Path:
         """A run that was trained to its end."""
-        folder = self.work / "reference"
+        folder, _ = self.work / "reference", self.half  # which draws the heads
         began = time.monotonic()
         done = once("train", self.training(folder), self.work / "reference.txt")
         assert done.status == 0, done.text
@@ -197,7 +198,7 @@ class Campaign:
 
     def plain(self, text: str) -> str:
         """Without this machine's folders."""
-        return text.replace(str(self.work) + "/", "")
+        return text.replace(f"{self.work}/", "").replace(f"{CHECKOUT}/", "")
 
     def begin(self, kind: str) -> None:
         """What is drawn for a kind of fault is the same, whichever come before it."""
@@ -244,10 +245,12 @@ def killed_trainings(c: Campaign, signum: int, times: int) -> None:
     """Signals at random moments between the start and the end."""
     name = signal.Signals(signum).name
     _ = c.run
-    for _ in range(times):
+    for workers in (number % 2 for number in range(times)):
         moment = c.draw.uniform(0.02, 0.95) * c.train_seconds
-        folder, fault = c.new("killed"), Fault(name, "train", f"after {moment:.2f} s")
-        command = start("train", c.training(folder), folder.with_suffix(".txt"))
+        folder = c.new("killed")
+        fault = Fault(name, "train", f"after {moment:.2f} s, with {workers} loading processes")
+        asked = c.training(folder, f"data.num_workers={workers}")
+        command = start("train", asked, folder.with_suffix(".txt"))
         time.sleep(moment)
         command.kill(signum)
         fault.status = str(command.wait())
@@ -258,7 +261,7 @@ def killed_trainings(c: Campaign, signum: int, times: int) -> None:
             fault.outcome = "was over before"
             fault.check(are_equal(weights(folder), c.weights), "ends with the same weights")
         else:
-            c.judge_training(fault, folder)
+            c.judge_training(fault, folder, asked)
         c.add(fault)
 
 
@@ -300,7 +303,8 @@ def full_disks(c: Campaign, times: int) -> None:
     _ = c.fused, c.scored
     for number in range(times):
         module = ("train", "train", "fuse", "evaluate")[number % 4]
-        kilobytes = c.draw.randrange(20, 1200 if module == "train" else 150)
+        largest = 90_000 if module == "train" else 1500
+        kilobytes = round(20 * (largest / 20) ** c.draw.random())
         name = "disk" if mounts else "file size limit"
         folder = c.new("full")
         fault = Fault("full disk", module, f"{name} of {kilobytes} kB")
@@ -390,9 +394,7 @@ def harmed_volumes(c: Campaign, do: Callable[..., str], name: str, times: int) -
             cohort = harm.copied(c.pair.parent, c.new("cohort"))
             path = c.draw.choice(sorted(cohort.glob("case_*/*.nii.gz")))
             fault, folder = Fault(name, "train", do(path, c.draw)), c.new("run")
-            asked = [
-                *c.training(folder), "data=studies", f"data.root={cohort}", "data.num_workers=0",
-            ]  # fmt: skip
+            asked = c.training(folder, f"data.root={cohort}")
             command = once("train", asked, folder.with_suffix(".txt"))
             is_same = command.status == 0 and are_equal(weights(folder), c.weights)
             judge_harmed(c, fault, command, is_same)
@@ -559,9 +561,8 @@ KINDS: dict[str, Callable[[Campaign], None]] = {
     "sigkill": lambda c: killed_trainings(c, signal.SIGKILL, 12),
     "sigterm": lambda c: killed_trainings(c, signal.SIGTERM, 10),
     "sigusr1": lambda c: killed_trainings(c, signal.SIGUSR1, 4),
-    "outputs": lambda c: (
-        [killed_outputs(c, s, 5) for s in (signal.SIGKILL, signal.SIGTERM)] and None
-    ),
+    "killed outputs": lambda c: killed_outputs(c, signal.SIGKILL, 6),
+    "ended outputs": lambda c: killed_outputs(c, signal.SIGTERM, 4),
     "sweeps": lambda c: killed_sweeps(c, 2),
     "disk": lambda c: full_disks(c, 12),
     "cut checkpoint": lambda c: harmed_checkpoints(c, harm.cut, "truncated checkpoint", 10),
@@ -570,7 +571,7 @@ KINDS: dict[str, Callable[[Campaign], None]] = {
     "cut plain volume": lambda c: cut_plain_volumes(c, 3),
     "flipped volume": lambda c: harmed_volumes(c, harm.flip, "flipped NIfTI", 9),
     "cut configuration": lambda c: harmed_configurations(c, harm.cut, "truncated config", 5),
-    "flipped configuration": lambda c: harmed_configurations(c, harm.flip, "flipped config", 9),
+    "flipped configuration": lambda c: harmed_configurations(c, harm.flip, "flipped config", 24),
     "unreadable": lambda c: unreadable(c, 5),
     "worker": lambda c: killed_workers(c, 5),
     "clock": lambda c: clock_jumps(c, 4),

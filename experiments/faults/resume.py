@@ -11,7 +11,6 @@ remembers, bit for bit.
 import argparse
 import csv
 import random
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -105,10 +104,10 @@ def write(rows: Sequence[dict[str, str]], out: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    command = f"python experiments/faults/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
     equal = sum(row["equal"] == "yes" for row in rows)
     lines = [
-        f"`{command}`, commit {commit()}. {EPOCHS * STEPS_PER_EPOCH} steps in {EPOCHS} epochs; "
+        f"`python experiments/faults/resume.py`, commit {commit()}. "
+        f"{EPOCHS * STEPS_PER_EPOCH} steps in {EPOCHS} epochs; "
         f"{equal} of {len(rows)} runs that were interrupted end with the weights, averages and "
         "optimiser states of the one that was not, bit for bit.",
         "",

@@ -1,7 +1,9 @@
+import multiprocessing
 import os
 import random
 import resource
 import signal
+import subprocess
 
 import lightning
 import numpy as np
@@ -23,6 +25,7 @@ from clinfuse.callbacks.checkpoint import (
 )
 from clinfuse.callbacks.interruption import Interrupted
 from clinfuse.data.paired_volumes import DrawSampler
+from clinfuse.data.workers import begin_worker
 
 STEPS_PER_EPOCH, EPOCHS = 5, 3
 
@@ -79,6 +82,13 @@ def ask(signum=signal.SIGTERM):
     return lambda: os.kill(os.getpid(), signum)
 
 
+def ask_all():
+    """As a scheduler does: the loader's processes too, and not by the training itself."""
+    pids = [child.pid for child in multiprocessing.active_children()] + [os.getpid()]
+    assert len(pids) == 2
+    subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
+
+
 def crash():
     raise KeyError("as if killed")
 
@@ -92,6 +102,7 @@ def trained(folder, *callbacks, workers=0, goes_on=False, accumulate=1, **saving
         sampler=DrawSampler(7, 2 * STEPS_PER_EPOCH, seed=3, batch_size=2),
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=begin_worker,
     )
     trainer = Trainer(
         max_epochs=EPOCHS,
@@ -150,7 +161,7 @@ def test_a_loader_with_a_process_of_its_own_goes_on_at_its_place(tmp_path):
     whole = trained(tmp_path / "whole", workers=1)
     for step in (3, 5):  # within an epoch, and at an epoch's end
         with pytest.raises(Interrupted):
-            trained(tmp_path / str(step), At(ask(), step), workers=1)
+            trained(tmp_path / str(step), At(ask_all, step), workers=1)
         method, end = trained(tmp_path / str(step), goes_on=True, workers=1)
         assert method.seen == whole[0].seen[step:]
         assert_same_end(whole[1], end)

@@ -1,6 +1,7 @@
 """Steps that are not finite: nothing learns from them, they are counted, and the last is kept."""
 
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -304,7 +305,8 @@ def test_what_one_rank_cannot_use_all_ranks_skip(tmp_path):
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = dict(line.split(": ") for line in done.stdout.splitlines() if line.startswith("step"))
-    weights = [{said[f"step {step} rank {rank}"] for rank in (0, 1)} for step in range(3)]
+    said = re.findall(r"step (\d) rank (\d): (-?[\d.]+)", done.stdout)  # lines may run together
+    assert {(step, rank) for step, rank, _ in said} == {(s, r) for s in "012" for r in "01"}
+    weights = [{weight for step, _, weight in said if int(step) == of} for of in range(3)]
     assert all(len(both) == 1 for both in weights)
     assert weights[0] == weights[1] != weights[2]

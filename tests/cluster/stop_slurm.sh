@@ -5,6 +5,10 @@ set -uo pipefail
 folder=$(realpath -m "$1")
 export SLURM_CONF="$folder/slurm.conf"
 timeout 20 scancel --user=root --quiet --full 2>/dev/null
+for _ in $(seq 60); do # a daemon that ends first would leave its job's processes behind
+	[ -z "$(timeout 20 squeue --noheader 2>/dev/null)" ] && break
+	sleep 0.25
+done
 for name in slurmd-n1 slurmd-n2 slurmctld munged; do
 	pid=$(cat "$folder/run/$name.pid" 2>/dev/null) && kill "$pid" 2>/dev/null
 done

@@ -11,7 +11,8 @@ def test_a_sweep_gives_the_table_that_it_gives_without(ray, entry_point, phantom
         done = entry_point(
             "clinfuse.train", "-m", "experiment=smoke", "scale=none", "sweep=methods",
             "method=average,weighted,maximum,laplacian_pyramid,wavelet,deterministic_unet",
-            "callbacks.progress=null", "trainer.accelerator=cpu", "trainer.precision=32-true",
+            "table.ours=wavelet", "callbacks.progress=null", "trainer.accelerator=cpu",
+            "trainer.precision=32-true",
             f"cache_dir={phantoms.cache_dir}", f"hydra.sweep.dir={tmp_path / folder}", *launcher,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

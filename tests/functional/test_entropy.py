@@ -48,3 +48,13 @@ def test_an_image_fused_with_itself_knows_its_own_entropy_twice():
     (image,) = images(1, 2, 1, 16, 16)
     nats = entropy(image) * np.log(2)
     torch.testing.assert_close(mutual_information(image, image, image), (2 * nats).float())
+
+
+def test_a_case_with_a_voxel_that_is_no_number_has_none_and_the_others_theirs():
+    image, other = images(2, 2, 1, 6, 7)
+    spoilt = image.clone()
+    spoilt[0, 0, 2, 3] = torch.nan
+    assert entropy(spoilt).isnan().tolist() == [True, False]
+    assert entropy(spoilt)[1] == entropy(image)[1]
+    for three in ((spoilt, other, other), (other, spoilt, other), (other, other, spoilt)):
+        assert mutual_information(*three).isnan().tolist() == [True, False]

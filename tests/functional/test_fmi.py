@@ -140,3 +140,7 @@ def test_the_transform_is_the_published_one_to_two_thousandths():
     ours = meyer_bands(lines)[:, 30] / 2**0.5
     published = np.concatenate(pywt.dwt(np.eye(128), "dmey", mode="symmetric"), axis=1)
     np.testing.assert_allclose(ours, published, rtol=0, atol=2e-3)  # mirrored taps add up
+
+
+def test_slices_of_one_column_have_no_derivative_along_it():
+    assert fmi_gradient(*torch.rand(3, 2, 1, 4, 9, 1)).isnan().tolist() == [True, True]

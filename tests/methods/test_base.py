@@ -166,6 +166,7 @@ def test_cases_of_a_step_have_noise_of_their_own_and_the_first_that_of_the_step(
     assert list(case_places(Brightest(), 3, 5)) == [0, 1, 2]  # by itself, without a trainer
 
 
+@pytest.mark.slow
 def test_accumulated_batches_teach_what_they_would_together(phantoms):
     def taught(*overrides):  # a step of each stage: sources, anchor and, with noise, denoiser
         method = phantoms.method("clinfuse")

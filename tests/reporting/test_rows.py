@@ -184,7 +184,6 @@ def test_no_rows_make_an_empty_file_with_a_header(tmp_path):
         lambda text: text + b'a,"b',
         lambda text: b"\xff\xfe" + text,
         lambda text: text.replace(b"case_id", b"x" * 3000),
-        lambda text: text.replace(b"psnr,", b"psnr," + b"9" * 5000),
         lambda text: text + b"\n" * 3 + text,
     ],
 )
