@@ -43,6 +43,9 @@ RESOLVERS = ("precision", "deterministic", "fingerprint", "swept", "oc.select", 
 OF_HYDRA = ("runtime.output_dir", "runtime.choices.method")
 """What a run's configuration may ask of Hydra: where it is, and what it is called."""
 
+OF_BEFORE = frozenset({"lightning.pytorch.callbacks.ModelCheckpoint"})
+"""What ``conf`` named once, and runs of that time do."""
+
 LARGEST, DEEPEST = 1_000_000, 40
 """Characters, and levels of nesting, of a run's configuration: many times what ours have."""
 
@@ -108,9 +111,9 @@ def check_named(content: Any, path: Path, conf: Path) -> None:
         is_called = isinstance(node, Mapping) and "_target_" in node
         if is_called and (problem := _not_allowed(node, place, named)) is not None:
             raise ValueError(
-                f"expected a run's configuration that names what {conf} does, got {problem} at "
-                f"{_where(place)} ({TRUSTED}=NAME,... in the environment lets a class of your own "
-                f"pass): {path}"
+                f"expected a run's configuration that names what {conf} does, got {problem[:200]} "
+                f"at {_where(place)} ({TRUSTED}=NAME,... in the environment lets a class of your "
+                f"own pass): {path}"
             )
 
 
@@ -123,7 +126,7 @@ def check_references(content: Any, path: Path) -> None:
     for place, node in _nodes(content):
         if isinstance(node, str) and (problem := _asks_for(node)) is not None:
             raise ValueError(
-                f"expected values, or references to other settings, got {problem} at "
+                f"expected values, or references to other settings, got {problem[:200]} at "
                 f"{_where(place)}: {path}"
             )
 
@@ -147,7 +150,7 @@ def named_by(conf: Path) -> Named:
                     methods.add(str(node["path"]))
                 targets.add(str(node["_target_"]))
                 fetched += [node] if PLACED.get(node["_target_"]) == "weights" else []
-    return Named(frozenset(targets), frozenset(methods), tuple(fetched))
+    return Named(frozenset(targets) | OF_BEFORE, frozenset(methods), tuple(fetched))
 
 
 def _nodes(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -162,7 +165,7 @@ def _nodes(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[An
 
 
 def _where(place: tuple[Any, ...]) -> str:
-    return ".".join(map(str, place)) or "the top"
+    return ".".join(map(str, place))[:200] or "the top"
 
 
 def _not_allowed(node: Mapping[Any, Any], place: tuple[Any, ...], named: Named) -> str | None:

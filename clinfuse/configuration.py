@@ -185,12 +185,17 @@ def in_one_sentence(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig],
         try:
             with nameless_logs(shown):
                 return main(cfg)
-        except (*_EXPECTED, InstantiationException, RuntimeError, MemoryError) as error:
+        except (*_EXPECTED, InstantiationException, RuntimeError, MemoryError, OSError) as error:
             cause: BaseException = error
             while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
                 cause = cause.__cause__
             if is_out_of_memory(cause):
                 cause = ValueError(out_of_memory(cause))
+            if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, _EXPECTED):
+                place = "" if cause.filename is None else f": {cause.filename}"
+                cause = ValueError(
+                    f"expected files that can be read and written, got {cause.strerror}{place}"
+                )
             if not isinstance(cause, _EXPECTED) or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             if isinstance(cause, MissingMandatoryValue):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clinfuse.configuration import (
     CONFIG_PATH,
-    checkpoint_of,
+    building,
     choice_was_made,
     commit,
     fingerprint,
@@ -32,6 +32,7 @@ from clinfuse.configuration import (
     run_facts,
     runs_named,
     trained_method,
+    weights_of,
 )
 from clinfuse.data.made_once import MadeOnce
 from clinfuse.data.splits import read_splits
@@ -217,7 +218,7 @@ def fused_by_run(run: str, data: Any, trainer: lightning.Trainer, out: Path) -> 
     method = trained_method(run, saved)
     if not isinstance(method, FusionMethod):
         raise ValueError(f"expected a run that fuses, got one of method={saved.method_name}: {run}")
-    weights = hashlib.sha256(checkpoint_of(run).read_bytes()).hexdigest()
+    weights = hashlib.sha256(weights_of(run).path.read_bytes()).hexdigest()
     sampling = [
         OmegaConf.to_container(saved[part], resolve=True)
         for part in ("method", "guidance")
@@ -236,7 +237,8 @@ def fused_by_run(run: str, data: Any, trainer: lightning.Trainer, out: Path) -> 
 
 def check_unseen(run: str, saved: DictConfig, data: Any) -> None:
     """That a run has not learned from test cases; what it has learned from of the others, said."""
-    own = instantiate(saved.data, _convert_="all")
+    with building(run):
+        own = instantiate(saved.data, _convert_="all")
     here, there = (Path(root).resolve() for root in (data.root, own.root))
     is_drawn_alike = saved.data.get("prepare") is not None and here.name == there.name
     if here != there and not is_drawn_alike:  # generated cohorts are named by what they are of

@@ -4,6 +4,7 @@ With ``shared=true out=FOLDER`` each case's rows are kept by themselves: any num
 command share the cases and may stop and start, and the last one writes the table.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -23,11 +24,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from clinfuse.callbacks.calibration import read_calibration
+from clinfuse.callbacks.interruption import Interruptions
 from clinfuse.callbacks.ranks import alone
 from clinfuse.callbacks.recorder import CaseRecorder
 from clinfuse.configuration import (
     CONFIG_PATH,
-    checkpoint_of,
+    building,
     choice_was_made,
     fingerprint,
     in_one_sentence,
@@ -41,6 +43,7 @@ from clinfuse.configuration import (
     run_facts,
     runs_named,
     trained_method,
+    weights_of,
     with_other_guidance,
 )
 from clinfuse.data.one_case import OneCase
@@ -129,7 +132,7 @@ def trainer_of(cfg: DictConfig, *callbacks: Any) -> lightning.Trainer:
     """What tests, on its device."""
     trainer: lightning.Trainer = instantiate(
         cfg.trainer,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, Interruptions()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -200,7 +203,7 @@ def agree(cfg: DictConfig, runs: Sequence[str]) -> None:
     assert isinstance(plain, dict)
     asked = {name: value for name, value in plain.items() if name not in _OF_A_WORKER}
     own = {
-        "key": fingerprint([asked, digest_of(map(checkpoint_of, runs))]),
+        "key": fingerprint([asked, digest_of(weights_of(run).path for run in runs)]),
         "commit": run_facts()["commit"],
         "precision": cfg.trainer.precision,
         "memory_gb": memory_budget(cfg.memory_gb, trainer_of(cfg).strategy.root_device),
@@ -276,7 +279,8 @@ def data_of(cfg: DictConfig, runs: Sequence[str]) -> Any:
     wrong: dict[str, Any] = {}
     if perturbations := perturbations_of(cfg):
         wrong = {"perturbations": perturbations, "perturbed_at_mm": cfg.perturbed_at_mm}
-    data = instantiate(data_cfg, misregistration_mm=amplitudes, **wrong, _convert_="all")
+    with building(runs[0]) if own else contextlib.nullcontext():
+        data = instantiate(data_cfg, misregistration_mm=amplitudes, **wrong, _convert_="all")
     data.prepare_data()
     return data
 

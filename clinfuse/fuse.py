@@ -30,7 +30,6 @@ from clinfuse.callbacks.ranks import alone
 from clinfuse.callbacks.recorder import case_view, summary_of
 from clinfuse.configuration import (
     CONFIG_PATH,
-    checkpoint_of,
     fingerprint,
     in_one_sentence,
     is_sampled_as_trained,
@@ -40,6 +39,7 @@ from clinfuse.configuration import (
     run_config,
     run_facts,
     trained_method,
+    weights_of,
     with_other_guidance,
 )
 from clinfuse.data.paired_volumes import study_item
@@ -234,7 +234,7 @@ def agree(settings: Sequence[DictConfig], folders: Mapping[str, Path], cfg: Dict
         ValueError: ``out`` is of another fusion.
     """
     out = Path(cfg.out)
-    weights = checkpoint_of(cfg.run)
+    weights = weights_of(cfg.run).path
     digest = digest_of([weights, *sorted(weights.parent.glob("draw_*"))])
     asked = [[OmegaConf.to_yaml(saved) for saved in settings], digest, cfg.steps, cfg.members]
     own = {

@@ -68,6 +68,16 @@ def test_what_a_run_saves_may_be_read_back(overrides, phantoms, tmp_path):
     assert run_config(tmp_path).data._target_.startswith("clinfuse.data")
 
 
+def test_a_run_from_before_our_own_checkpoints_is_still_read(phantoms, tmp_path):
+    cfg = phantoms.config(*phantoms.smoke)
+    cfg.callbacks.checkpoint = {
+        "_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "filename": "last"
+    }  # fmt: skip
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(cfg, tmp_path / ".hydra" / "config.yaml")
+    assert run_config(tmp_path).callbacks.checkpoint.filename == "last"
+
+
 def test_what_prepares_scans_or_runs_programs_is_not_among_it():
     targets = named_by(CONF).targets
     assert "clinfuse.methods.roi_diffusion.RoiDiffusion" in targets
@@ -120,6 +130,7 @@ EVIL = [
     ({**METHOD, "dollar": "$", "label": "${method.dollar}{oc.env:SECRET}"}, "the text '\\$'"),
     ({**METHOD, "label": "${oc.select:x,'$'}{oc.env:SECRET}"}, r"\$"),
     ({**METHOD, "label": "${unfinished"}, "got GrammarParseError"),
+    ({"_target_": "x" * 5000}, "got x{200} at method"),
     ({**METHOD, "label": "${a}" * 400}, "an interpolation of 1600 characters"),
 ]  # fmt: skip
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -151,6 +152,16 @@ def explained(error, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(DictConfig({}))
     return exit_.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("filename", [None, "/disk/last.ckpt"])
+def test_a_full_disk_is_one_line_that_names_the_file(filename, capsys):
+    status, stderr = explained(OSError(errno.ENOSPC, "No space left on device", filename), capsys)
+    assert status == 1 and "Traceback" not in stderr
+    assert stderr.splitlines()[0] == (
+        "clinfuse: expected files that can be read and written, got No space left on device"
+        + (f": {filename}" if filename else "")
+    )
 
 
 @pytest.mark.parametrize(

@@ -207,11 +207,12 @@ def test_jobs_in_processes_of_their_own_share_a_training_and_a_table(
     entry_point, phantoms, tmp_path
 ):
     folder, trainings = tmp_path / "sweep", tmp_path / "trainings"
+    assert phantoms.root.is_dir()
     done = entry_point(
-        "clinfuse.train", "-m", *SMOKE, "sweep=steps", "scale=none", "sampler=ddim",
+        "clinfuse.train", "-m", *phantoms.smoke, "sweep=steps", "scale=none", "sampler=ddim",
         "+grids.steps='1,2'", "trainer.max_epochs=1", f"cache_dir={phantoms.cache_dir}",
         f"trainings={trainings}", f"hydra.sweep.dir={folder}", "hydra/launcher=processes",
-        "callbacks.progress=null",
+        "callbacks.progress=null", "callbacks.results=null", "callbacks.cards=null",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (remembered,) = trainings.glob("*.json")

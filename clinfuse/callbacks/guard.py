@@ -224,8 +224,7 @@ class _Again(Callback):
         pl_module.load_state_dict(self.kept["weights"])
         progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
         progress.optimizer.step.total.completed = self.kept["step"]
-        epochs = trainer.fit_loop.epoch_progress.current
-        epochs.processed = epochs.completed = self.kept["epoch"]
+        trainer.fit_loop.epoch_progress.current.completed = self.kept["epoch"]
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,8 @@ def _write_missing(folder: Path, record: dict[str, Any], workers: int) -> None:
     missing = _missing(folder, record["cases"])
     of_all = (record["seed"], *(tuple(record[k]) for k in ("shape", "spacing_mm", "contrasts")))
     work = partial(_write_case, folder, *of_all)
-    if workers > 1 and len(missing) > 1:
+    in_a_pool = get_start_method(allow_none=True) == "loky"  # joblib's, which cannot spawn another
+    if workers > 1 and len(missing) > 1 and not in_a_pool:
         with ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn")) as pool:
             list(pool.map(work, missing))
     else:

@@ -690,6 +690,6 @@ def _nnunet_network(
         build = getattr(unets, kind, None)
         if not isinstance(build, type) or not issubclass(build, nn.Module):
             raise ValueError(f"expected a network, got {kind}")
-        return cast(nn.Module, build(**settings))
+        return build(**settings)
     except Exception as error:
         raise ValueError(f"expected an architecture that builds, got {error}: {path}") from error

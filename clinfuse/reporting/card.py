@@ -5,6 +5,7 @@ Every number is from the run, and what a run does not have its card does not spe
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,35 @@ def write_model_card(folder: str | Path, about: str = "") -> Path:
         FileNotFoundError: the run was not scored.
         ValueError: a record of it cannot be read.
     """
-    return write_atomically(Path(folder) / MODEL_CARD, model_card(RunFolder.read(folder), about))
+    with _understood(folder):
+        card = model_card(RunFolder.read(folder), about)
+    return write_atomically(Path(folder) / MODEL_CARD, card)
 
 
 def write_run_card(folder: str | Path) -> Path:
     """Write ``run_card.md`` into the folder of a scored run or evaluation; raises as above."""
-    return write_atomically(Path(folder) / RUN_CARD, run_card(RunFolder.read(folder)))
+    with _understood(folder):
+        card = run_card(RunFolder.read(folder))
+    return write_atomically(Path(folder) / RUN_CARD, card)
+
+
+@contextmanager
+def _understood(folder: str | Path) -> Iterator[None]:
+    """Reading records, which may hold anything where a number or a name should be.
+
+    Raises:
+        ValueError: that something else was there, with the folder.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(
+            f"expected the records of a run, got something else ({type(error).__name__}): {folder}"
+        ) from error
 
 
 def model_card(run: RunFolder, about: str = "") -> str:

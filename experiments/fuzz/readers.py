@@ -54,9 +54,8 @@ from clinfuse.preparation.archives import unpack
 from clinfuse.preparation.dicom.writing import write_scan
 from clinfuse.preparation.pipeline import quality_in, read_facts
 from clinfuse.preparation.reading import read_scan
-from clinfuse.reporting.card import model_card, run_card
+from clinfuse.reporting.card import write_model_card, write_run_card
 from clinfuse.reporting.rows import CASE_COLUMNS, read_rows
-from clinfuse.reporting.run_folder import RunFolder
 from clinfuse.runs import read_state
 from clinfuse.tables import collect
 from clinfuse.types import FusionBatch
@@ -273,8 +272,7 @@ def of_calibration(folder: Path) -> Any:
 
 
 def of_cards(folder: Path) -> Any:
-    run = RunFolder.read(folder)
-    return model_card(run), run_card(run)
+    return write_model_card(folder), write_run_card(folder)
 
 
 def of_scores(folder: Path) -> Any:

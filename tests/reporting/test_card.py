@@ -202,3 +202,12 @@ def test_scores_alone_make_cards_that_say_no_more(tmp_path):
 def test_a_run_that_was_not_scored_has_no_card(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a scored run with cases"):
         write_model_card(tmp_path)
+
+
+def test_records_of_something_else_are_refused_with_the_folder(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    write_rows(tmp_path / "cases.csv", [])
+    (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: [a, list]\n")
+    for write in (write_model_card, write_run_card):
+        with pytest.raises(ValueError, match=f"expected the records of a run.*{tmp_path}"):
+            write(tmp_path)
