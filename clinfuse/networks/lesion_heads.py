@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -670,7 +671,8 @@ def _nnunet_network(
     kind = str(architecture["network_class_name"]).rsplit(".", 1)[-1]
     if architecture["network_class_name"] not in (f"{UNETS}.{kind}", f"{OLD_UNETS}.{kind}"):
         raise ValueError(
-            f"expected a U-Net of {UNETS}, got {architecture['network_class_name']}: {path}"
+            f"expected a U-Net of {UNETS}, got {str(architecture['network_class_name'])[:100]!r}: "
+            f"{path}"
         )
     try:
         unets = importlib.import_module(UNETS)
@@ -689,7 +691,8 @@ def _nnunet_network(
         settings |= {"input_channels": channels, "num_classes": classes, "deep_supervision": False}
         build = getattr(unets, kind, None)
         if not isinstance(build, type) or not issubclass(build, nn.Module):
-            raise ValueError(f"expected a network, got {kind}")
+            raise ValueError(f"expected a network, got {kind[:100]!r}")
         return build(**settings)
     except Exception as error:
-        raise ValueError(f"expected an architecture that builds, got {error}: {path}") from error
+        said = shorten(str(error), 200, placeholder=" …")
+        raise ValueError(f"expected an architecture that builds, got {said}: {path}") from error

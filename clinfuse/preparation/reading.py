@@ -1,6 +1,7 @@
 """A scan from any file a scanner, an archive or a cohort hands out, checked before it is used."""
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 
@@ -32,6 +33,9 @@ LEAST_HU = -1024.0
 
 LEAST_EXTENT_MM, MOST_EXTENT_MM = 2.0, 20_000.0
 """A head whose header counts in metres is 0.2 across, and in micrometres 200,000."""
+
+LONGEST_LINE = 500
+"""Characters of a field in a header of NRRD: several times what any has."""
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -230,7 +234,26 @@ def _check_left_and_right(
         )
 
 
+def _check_nrrd(path: Path) -> None:
+    """Refuse header lines on which ITK's reader of NRRD, in saying what is wrong, ends the process.
+
+    It quotes a field into a buffer of about a thousand characters. Remarks and ``key:=value``,
+    which may be long, it does not quote.
+    """
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST_LINE + 1).rstrip(b"\r\n"):
+            if len(line) >= LONGEST_LINE and not re.match(rb"#|content:|[^:]{1,200}:=", line):
+                raise ValueError(
+                    f"expected fields of less than {LONGEST_LINE} characters in the header, got "
+                    f"a longer one: {path}"
+                )
+            while len(line) >= LONGEST_LINE:
+                line = file.readline(LONGEST_LINE)
+
+
 def _itk(path: Path) -> Scan:
+    if path.suffix.lower() in (".nrrd", ".nhdr"):
+        _check_nrrd(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:

@@ -226,7 +226,10 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def logged_steps(folder: Path) -> set[int]:
-    with (folder / "metrics.csv").open(newline="") as file:
+    path = folder / "metrics.csv"
+    if not path.is_file():  # of a run that had no step left to do
+        return set()
+    with path.open(newline="") as file:
         return {int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")}
 
 

@@ -419,7 +419,7 @@ def test_plans_made_before_nnunet_2_4_are_read_as_well(tmp_path):
         ({"network_weights": {}}, "weights of PlainConvUNet.*checkpoint_final.pth"),
         (
             {"plan": {"architecture": {"network_class_name": "os.system", "arch_kwargs": {}}}},
-            "expected a U-Net of .*got os.system",
+            "expected a U-Net of .*got 'os.system",
         ),
         ({"init_args": SimpleNamespace()}, "read as tensors.*checkpoint_final.pth"),
     ],

@@ -427,3 +427,22 @@ def test_an_affine_that_no_arithmetic_survives_is_refused_by_name(value, tmp_pat
     with pytest.raises(ValueError, match=f"expected .*: {path}") as caught:
         read_scan(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["di", "dimension: ", "a b: ", ": :="])
+def test_a_field_of_nrrd_that_would_end_the_process_is_refused(field, tmp_path):
+    """On such a line ITK writes beyond its memory."""
+    path = tmp_path / "ct.nrrd"
+    path.write_bytes(b"NRRD0004\ntype: short\n" + field.encode() + b"[" * 20_000 + b"\n\n")
+    with pytest.raises(ValueError, match="expected fields of less than 500 characters") as refused:
+        read_scan(path)
+    assert str(path) in str(refused.value)
+
+
+def test_long_remarks_in_nrrd_are_read(tmp_path):
+    path = tmp_path / "ct.nrrd"
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 5, 6), np.int16)), path)
+    magic, rest = path.read_bytes().split(b"\n", 1)
+    remarks = b"#" + b"x" * 2000 + b"\nnote:=" + b"y" * 2000 + b"\n"
+    path.write_bytes(magic + b"\n" + remarks + rest)
+    assert read_scan(path).image.GetSize() == (6, 5, 4)
