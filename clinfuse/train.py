@@ -181,6 +181,8 @@ def write_record(
     cfg: DictConfig, state: State, facts: dict[str, Any], data: Any, folder: Path
 ) -> None:
     """What the run's folder says of itself: ``run.json``, ``facts.json`` and the split."""
+    for half_written in folder.glob(".*.tmp"):  # by who was stopped while writing
+        half_written.unlink(missing_ok=True)
     if not cfg.resume:  # once more: each of several ranks has put Hydra's own there meanwhile
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     state.write(folder)

@@ -16,8 +16,13 @@ from clinfuse.data.phantoms import make_phantom
 from clinfuse.preparation.dicom.writing import write_scan
 from clinfuse.preparation.identifiers import hashed
 
-NAME, NUMBER, BORN, FOLDER = "Quarterman^Zoe", "MRN-77012345", "19610203", "quarterman_zoe_scans"
-IDENTITIES = ("Quarterman", "quarterman", "Zoe", "77012345", BORN, "1961-02-03")
+NAME, NUMBER, BORN, FOLDER = (
+    "Quarterman^Zenobia",
+    "MRN-77012345",
+    "19610203",
+    "quarterman_zenobia",
+)
+IDENTITIES = ("Quarterman", "quarterman", "Zenobia", "77012345", BORN, "1961-02-03")
 SPACING_MM, SHAPE = (6.0, 4.0, 4.0), (24, 52, 52)
 
 
@@ -34,10 +39,12 @@ def test_paths_of_scans_become_the_settings_that_name_them(tmp_path, monkeypatch
 
 
 def test_folders_of_a_cohort_become_the_hashes_that_their_studies_have(tmp_path):
-    (tmp_path / "in" / "Zoe_Quarterman" / "later").mkdir(parents=True)
+    (tmp_path / "in" / "Zenobia_Quarterman" / "later").mkdir(parents=True)
     cfg = settings(input=str(tmp_path / "in"), output=str(tmp_path / "out"), salt="s")
-    said = without_names(cfg)(f"case Zoe_Quarterman: none at {tmp_path}/in/Zoe_Quarterman/ct")
-    code = hashed("Zoe_Quarterman", "s")
+    said = without_names(cfg)(
+        f"case Zenobia_Quarterman: none at {tmp_path}/in/Zenobia_Quarterman/ct"
+    )
+    code = hashed("Zenobia_Quarterman", "s")
     assert said == f"case {code}: none at <input>/{code}/ct"
 
 
@@ -47,12 +54,12 @@ def test_what_nobody_asked_to_hide_is_shown(cfg):
 
 
 def test_everything_that_is_logged_meanwhile_is_nameless(caplog):
-    shown = without_names(settings(mri="/a/Zoe/mri.nii"))
+    shown = without_names(settings(mri="/a/Zenobia/mri.nii"))
     with nameless_logs(shown):
-        logging.getLogger("nibabel").warning("cannot read %s", "/a/Zoe/mri.nii")
-    logging.getLogger("nibabel").warning("cannot read %s", "/a/Zoe/mri.nii")
+        logging.getLogger("nibabel").warning("cannot read %s", "/a/Zenobia/mri.nii")
+    logging.getLogger("nibabel").warning("cannot read %s", "/a/Zenobia/mri.nii")
     assert [r.getMessage() for r in caplog.records] == [
-        "cannot read <mri>", "cannot read /a/Zoe/mri.nii"
+        "cannot read <mri>", "cannot read /a/Zenobia/mri.nii"
     ]  # fmt: skip
 
 
@@ -62,7 +69,7 @@ def test_a_refusal_is_nameless_too(capsys):
         raise ValueError(f"expected a scan, found none: {cfg.mri}")
 
     with pytest.raises(SystemExit):
-        fails(settings(mri="/a/Zoe/mri.nii"))
+        fails(settings(mri="/a/Zenobia/mri.nii"))
     assert capsys.readouterr().err.splitlines()[0] == "clinfuse: expected a scan, found none: <mri>"
 
 
@@ -137,10 +144,10 @@ def test_names_of_files_are_not_kept_either(entry_point, smoke_run, tmp_path):
     for name, array in (("mri", head.mri), ("ct", head.ct_hu)):
         image = nib.Nifti1Image(array.transpose(2, 1, 0), np.diag([4.0, 4.0, 6.0, 1.0]))
         image.header["descrip"] = NAME
-        nib.save(image, folder / f"Zoe_{name}.nii.gz")
+        nib.save(image, folder / f"Zenobia_{name}.nii.gz")
     done = entry_point(
-        "clinfuse.fuse", f"run={smoke_run}", f"mri={folder / 'Zoe_mri.nii.gz'}",
-        f"ct={folder / 'Zoe_ct.nii.gz'}", f"out={tmp_path / 'out'}", "members=1", "steps=1",
+        "clinfuse.fuse", f"run={smoke_run}", f"mri={folder / 'Zenobia_mri.nii.gz'}",
+        f"ct={folder / 'Zenobia_ct.nii.gz'}", f"out={tmp_path / 'out'}", "members=1", "steps=1",
         f"cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={log}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -38,7 +38,7 @@ def test_one_who_talks_is_heard(alone, tmp_path):
 @pytest.mark.parametrize("logger", ["none", "csv", "default"])
 def test_training_talks_to_nobody(logger, alone, phantoms, tmp_path):
     done, heard = alone(
-        "clinfuse.train", *phantoms.run, "trainer.max_epochs=1", "method=deterministic_unet",
+        "clinfuse.train", *phantoms.smoke, "trainer.max_epochs=1", "method=deterministic_unet",
         f"logger={logger}", f"cache_dir={phantoms.cache_dir}", f"hydra.run.dir={tmp_path / 'run'}",
         WANDB_MODE="offline",
     )  # fmt: skip

@@ -139,8 +139,10 @@ def test_a_run_killed_in_an_epoch_and_resumed_ends_as_if_nothing_had_happened(
     configuration = (folder / ".hydra" / "config.yaml").read_bytes()
 
     trusted = {"PYTHONPATH": str(tmp_path), "CLINFUSE_TRUSTED": "killer.KillAt"}
+    (folder / ".cost.json.1.tmp").touch()  # as by who was stopped while writing
     resumed = entry_point("clinfuse.train", f"resume={folder}", **trusted)
     assert resumed.returncode == 0, resumed.stderr
+    assert not list(folder.rglob(".*.tmp"))
     whole, ours = checkpoint(smoke_run), checkpoint(folder)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_identical(whole[part], ours[part], part)
