@@ -2,18 +2,26 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
 from torch.utils.data import DataLoader
 
+from clinfuse.data import workers
 from clinfuse.data.workers import FOR_THE_TRAINING, begin_worker
 
 
-@pytest.fixture
-def worker():
+def beside_a_thread(worker):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    workers.GRACE_S = 1.0  # in the process of its own that this is
+    begin_worker(worker)
+
+
+@pytest.fixture(params=[begin_worker, beside_a_thread])
+def worker(request):
     """A process of a loader that waits for more work, and the rest of the work."""
-    loader = DataLoader(range(8), num_workers=1, prefetch_factor=1, worker_init_fn=begin_worker)
+    loader = DataLoader(range(8), num_workers=1, prefetch_factor=1, worker_init_fn=request.param)
     items = iter(loader)
     next(items)
     (process,) = multiprocessing.active_children()
