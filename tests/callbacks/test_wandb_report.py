@@ -29,6 +29,7 @@ def test_without_a_key_nothing_is_tried(tmp_path, monkeypatch):
     assert publish_report("clinfuse", "steps", tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_service_that_cannot_be_reached_is_one_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "table.md").write_text("| |")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
