@@ -18,7 +18,8 @@ def begin_worker(_worker: int) -> None:
     A scheduler that wants its machine back asks all processes to end. If these did, the training
     would fail for want of data in the step that it is to finish and save. They end with it, and
     when their loader itself ends them. Where a library has begun a thread before, the system may
-    give it what this one has blocked, and who sent it is not known: SIGTERM then ends the process ``GRACE_S`` later, when a training will have saved.
+    give it what this one has blocked, and who sent it is not known: SIGTERM then ends the process
+    ``GRACE_S`` later, when a training will have saved.
     """
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     for signum in FOR_THE_TRAINING:
