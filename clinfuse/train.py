@@ -13,7 +13,7 @@ import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Timer, WeightAveraging
+from lightning.pytorch.callbacks import LearningRateMonitor, Timer, WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 from clinfuse.callbacks.calibration import CalibrationFit, read_calibration
@@ -139,12 +139,11 @@ def main(cfg: DictConfig) -> float | None:
 
 def trainer_of(cfg: DictConfig) -> Any:
     """What trains, with callbacks and loggers; of several ranks the first alone has loggers."""
-    return instantiate(
-        cfg.trainer,
-        callbacks=all_of(instantiate(cfg.callbacks, _convert_="all")),
-        logger=all_of(instantiate(cfg.logger, _convert_="all")) if is_first() else [Silent()],
-        _convert_="all",
-    )
+    callbacks = all_of(instantiate(cfg.callbacks, _convert_="all"))
+    loggers = all_of(instantiate(cfg.logger, _convert_="all")) if is_first() else [Silent()]
+    if not loggers:  # logger=none: Lightning refuses a monitor that nobody listens to
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
 
 
 def gather_ranks(trainer: Any) -> None:
