@@ -108,7 +108,7 @@ EVIL = [
     ({"_target_": "clinfuse.preparation.totalsegmentator.TotalSegmentator", "program": "id"},
      "TotalSegmentator"),
     ({"_target_": "clinfuse.preparation.cohorts.rire.cases", "root": "/", "work": "/"}, "cases"),
-    ({"_target_": "clinfuse.data.phantoms.write_cohort", "root": "/tmp/x", "cases": 1},
+    ({"_target_": "clinfuse.data.phantoms.write_cohort", "root": "elsewhere", "cases": 1},
      "write_cohort, which is called for prepare alone"),
     ({**METHOD, "prepare": {"_target_": "clinfuse.data.phantoms.write_cohort", "root": "x"}},
      "write_cohort, which is called for prepare alone"),
