@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import locale
 import os
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -152,21 +153,44 @@ class Phantoms:
         return build_method(cfg)
 
 
-def command_line(module: str, *arguments: str, **environment: str) -> CompletedProcess[str]:
-    """An entry point run as a user runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=CHECKOUT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+@dataclass
+class CommandLine:
+    """Entry points run as a user runs them, their libraries already imported (``warm.py``)."""
+
+    folder: Path
+
+    @cached_property
+    def _warm(self) -> Popen[str]:
+        command = [sys.executable, str(CHECKOUT / "tests" / "warm.py")]
+        return Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=self.folder)
+
+    def __call__(
+        self, module: str, *arguments: str, cwd: Path = CHECKOUT, **environment: str
+    ) -> CompletedProcess[str]:
+        """``python -m MODULE ARGUMENTS`` in ``cwd``, as ``subprocess.run`` answers."""
+        said = [self.folder / stream for stream in ("stdout", "stderr")]
+        asked = {
+            "module": module,
+            "arguments": arguments,
+            "folder": str(cwd),
+            "environment": {**os.environ, **environment},
+            "said": [str(path) for path in said],
+        }
+        print(json.dumps(asked), file=self._warm.stdin, flush=True)
+        status = int(self._warm.stdout.readline())
+        return CompletedProcess([module, *arguments], status, *(p.read_text() for p in said))
+
+    def end(self) -> None:
+        if "_warm" in vars(self):
+            self._warm.communicate()
 
 
 @pytest.fixture(scope="session")
-def entry_point() -> Callable[..., CompletedProcess[str]]:
+def entry_point(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     """Runs ``python -m MODULE ARGUMENTS``."""
-    return command_line
+    commands = CommandLine(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.end()
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +202,8 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "report.html").is_file():
             overrides = (*RUN, f"cache_dir={base / 'smoke_cache'}", f"hydra.run.dir={folder}")
-            done = command_line("clinfuse.train", *overrides)
+            command = [sys.executable, "-m", "clinfuse.train", *overrides]
+            done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     return folder
 

@@ -1,9 +1,6 @@
 """``clinfuse.prepare`` from the command line: cohorts of one's own, good and bad."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -39,15 +36,14 @@ def write_patient(folder, number, ct=True):
         write(folder / "ct.nii.gz", phantom.ct_hu)
 
 
-def prepare(*overrides, cwd):
-    return subprocess.run(
-        [
-            sys.executable, "-m", "clinfuse.prepare", "masks=classical",
-            f"hydra.run.dir={cwd / 'log'}", *overrides,
-        ],
-        cwd=cwd, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def prepared(entry_point, folder):
+    """The command, run in a cohort's folder."""
+    asked = (
+        f"input={folder / 'in'}",
+        f"output={folder / 'out'}",
+        f"hydra.run.dir={folder / 'log'}",
+    )
+    return entry_point("clinfuse.prepare", "masks=classical", *asked, cwd=folder)
 
 
 def configured(*overrides):
@@ -64,7 +60,7 @@ def in_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
+def cohort(tmp_path_factory, entry_point):
     """Three patients, one of them scanned twice, and one whose CT is no scan."""
     folder = tmp_path_factory.mktemp("cohort")
     write_patient(folder / "in" / "Ann", 0)
@@ -73,8 +69,7 @@ def cohort(tmp_path_factory):
     write_patient(folder / "in" / "Cy" / "later", 3)
     write_patient(folder / "in" / "Dot", 4)
     (folder / "in" / "Dot" / "ct.nii.gz").write_bytes(b"not a scan")
-    run = prepare(f"input={folder / 'in'}", f"output={folder / 'out'}", cwd=folder)
-    return folder, run
+    return folder, prepared(entry_point, folder)
 
 
 def test_usable_cases_become_studies_and_the_exit_status_tells_of_the_other(cohort):
@@ -108,12 +103,12 @@ def test_the_sessions_of_a_patient_are_in_one_split(cohort):
     assert of_case[hashed("Cy_first")] == of_case[hashed("Cy_later")]
 
 
-def test_a_second_run_makes_what_was_missing_and_leaves_the_rest(cohort):
+def test_a_second_run_makes_what_was_missing_and_leaves_the_rest(cohort, entry_point):
     folder, _ = cohort
     out = folder / "out"
     before = {path: path.stat().st_mtime_ns for path in out.glob("P-*/*")}
     write_patient(folder / "in" / "Dot", 4)
-    run = prepare(f"input={folder / 'in'}", f"output={out}", cwd=folder)
+    run = prepared(entry_point, folder)
     assert run.returncode == 0, run.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "5 of 5 cases" in run.stdout and (out / hashed("Dot") / "study.json").is_file()

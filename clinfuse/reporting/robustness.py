@@ -112,10 +112,8 @@ def robustness_grid(table: pd.DataFrame, highlight: str | None = None) -> Figure
     order = {score: number for number, score in enumerate((*SHOWN_SCORES, *KEPT_SCORES))}
     scores = sorted(found, key=lambda score: order.get(score, len(order)))
     styles = _styles(list(table["method"].unique()), highlight)
-    columns = min(len(styles), max(3, len(axes_shown)))
-    lines = -(-len(styles) // columns)
-    size = (1.62 * len(axes_shown) + 0.9, 1.22 * len(scores) + 1.0 + 0.2 * lines)
-    figure = Figure(figsize=size, layout="constrained")
+    width, height = 1.62 * len(axes_shown) + 0.9, 1.22 * len(scores) + 1.0
+    figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(len(scores), len(axes_shown), squeeze=False, sharey="row", sharex="col")
     has_bands = len(styles) <= _FEW
     for (roi, metric), panels in zip(scores, grid, strict=True):
@@ -135,20 +133,30 @@ def robustness_grid(table: pd.DataFrame, highlight: str | None = None) -> Figure
         amounts = table.loc[(table["axis"] == axis) & (table["at_mm"] == at_mm), "amount"]
         _set_ticks(bottom, axis, sorted(amounts.unique()))
     figure.align_ylabels(grid[:, 0])
+    figure.set_figheight(height + 0.2 * _add_legend(figure, styles))
+    return figure
+
+
+def _add_legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> int:
+    """Under the figure, in as few lines as its width allows: how many those are."""
     handles = [
         Line2D([], [], label=method.replace("$", r"\$"), **style)
         for method, style in styles.items()
     ]
-    figure.legend(
-        handles=handles,
-        fontsize=8,
-        frameon=False,
-        labelcolor=INK,
-        loc="outside lower center",
-        ncols=columns,
-        handlelength=3.2,
-    )
-    return figure
+    for lines in range(1, len(handles) + 1):
+        legend = figure.legend(
+            handles=handles,
+            fontsize=8,
+            frameon=False,
+            labelcolor=INK,
+            loc="outside lower center",
+            ncols=-(-len(handles) // lines),
+            handlelength=3.2,
+        )
+        if legend.get_window_extent().width <= figure.bbox.width or lines == len(handles):
+            break
+        legend.remove()
+    return lines
 
 
 def robustness_of(rows: Rows, highlight: str | None = None) -> tuple[pd.DataFrame, Figure] | None:

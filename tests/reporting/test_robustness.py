@@ -149,12 +149,17 @@ def test_the_figure_has_scores_by_axes_and_a_line_for_each_method(rows):
 
 
 def test_with_many_methods_only_the_one_set_off_has_a_band_and_every_line_is_its_own():
-    rows = [row for number in range(15) for row in everything(f"method_{number}", fall=number)]
-    figure = robustness_grid(robustness_table(rows, resamples=20), "method_3")
+    methods = [f"a_method_of_a_long_name_{number}" for number in range(15)]
+    rows = [row for fall, method in enumerate(methods) for row in everything(method, fall=fall)]
+    figure = robustness_grid(robustness_table(rows, resamples=20), methods[3])
     (panel, *_), *_ = panels_of(figure)
     assert len(panel.collections) == 1 and len(panel.lines) == 15
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in panel.lines}
     assert len({(colour, dashes) for colour, _, dashes in looks}) == 15
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width
+    assert max(axes.get_tightbbox().y0 for axes in figure.axes[-3:]) >= legend.y1
 
 
 def test_two_patients_have_no_band(rows):
