@@ -37,13 +37,15 @@ def write_patient(folder, number, ct=True):
 
 
 def prepared(entry_point, folder):
-    """The command, run in a cohort's folder."""
+    """The command, run in a cohort's folder: its scans lie on each other as they are."""
     asked = (
+        "masks=classical",
+        "registration=none",
         f"input={folder / 'in'}",
         f"output={folder / 'out'}",
         f"hydra.run.dir={folder / 'log'}",
     )
-    return entry_point("clinfuse.prepare", "masks=classical", *asked, cwd=folder)
+    return entry_point("clinfuse.prepare", *asked, cwd=folder)
 
 
 def configured(*overrides):
