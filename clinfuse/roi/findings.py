@@ -4,13 +4,23 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter, label
+from scipy.ndimage import (
+    binary_erosion,
+    distance_transform_edt,
+    gaussian_filter,
+    gaussian_filter1d,
+    label,
+)
 
 BLOOD_HU = 50.0
 """Fresh blood is 50 to 100 HU, grey matter under 45; calcium is above 100."""
 
 BRAIN_HU = 45.0
 """Voxels under it are brain, even where they are smoothed together with calcium beside them."""
+
+GREY_HU, NOISE_STDS = 40.0, 4.5
+"""A finding is denser than grey matter by so many standard deviations of the noise left: of 20,000
+voxels of a coarse brain, fewer than one in ten brains has one by chance."""
 
 SMOOTHING_MM = 1.5
 SMALLEST_ML = 0.03
@@ -31,7 +41,8 @@ def ct_dense_findings(
     """Haemorrhage (50-100 HU) and calcification (above 100 HU) inside the brain.
 
     The brain's rim is left out, the rest is smoothed against noise, and specks are dropped. A
-    thin subdural bleed lies within the rim and is not found.
+    thin subdural bleed lies within the rim and is not found. In a scan so noisy that grey matter
+    would reach 50 HU by chance, what is found is denser than that.
 
     Args:
         ct_hu: in HU; an 8-bit window does not say how dense its brightest voxels are.
@@ -39,7 +50,9 @@ def ct_dense_findings(
         spacing_mm: voxel size.
     """
     inside = _without_rim(brain, spacing_mm)
-    dense = inside & (_smoothed(ct_hu, inside, spacing_mm) > BLOOD_HU) & (ct_hu > BRAIN_HU)
+    sigmas = [SMOOTHING_MM / size if size < 2 * SMOOTHING_MM else 0.0 for size in spacing_mm]
+    level_hu = max(BLOOD_HU, GREY_HU + NOISE_STDS * noise_left(ct_hu, inside, sigmas))
+    dense = inside & (_smoothed(ct_hu, inside, sigmas) > level_hu) & (ct_hu > BRAIN_HU)
     parts, _ = label(dense, np.ones((3, 3, 3)))
     volume_ml = np.bincount(parts.ravel()) * np.prod(spacing_mm) / 1000
     at_rim = np.unique(parts[inside & ~_eroded(inside)])
@@ -61,11 +74,32 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
     return binary_erosion(mask, border_value=1)
 
 
+def noise_left(
+    ct_hu: Shaped[np.ndarray, "d h w"],
+    inside: Bool[np.ndarray, "d h w"],
+    sigmas: Sequence[float],
+) -> float:
+    """Standard deviation, in HU, of what a Gaussian of ``sigmas`` voxels leaves of white noise.
+
+    Immerkær (1996), "Fast noise variance estimation": second differences along both axes of a
+    slice, which ramps and straight edges don't have, and of their sizes the median.
+    """
+    differences = ct_hu.astype(np.float32)
+    for axis in (1, 1, 2, 2):
+        differences = np.diff(differences, axis=axis)
+    is_within = binary_erosion(inside, np.ones((1, 3, 3)))[:, 1:-1, 1:-1]
+    if not is_within.any():
+        return 0.0
+    noise_hu = 1.4826 / 6 * np.median(np.abs(differences[is_within]))
+    impulse = np.eye(1, 65, 32)[0]
+    gains = [np.linalg.norm(gaussian_filter1d(impulse, sigma)) for sigma in sigmas if sigma]
+    return float(noise_hu * np.prod(gains))
+
+
 def _smoothed(
-    ct_hu: np.ndarray, inside: np.ndarray, spacing_mm: Sequence[float]
+    ct_hu: np.ndarray, inside: np.ndarray, sigmas: Sequence[float]
 ) -> Float[np.ndarray, "d h w"]:
     """Mean density of the neighbourhood, of voxels inside only; not across thick slices."""
-    sigma = [SMOOTHING_MM / size if size < 2 * SMOOTHING_MM else 0 for size in spacing_mm]
-    weight = gaussian_filter(inside.astype(np.float32), sigma)
-    total = gaussian_filter(np.where(inside, ct_hu, 0).astype(np.float32), sigma)
+    weight = gaussian_filter(inside.astype(np.float32), sigmas)
+    total = gaussian_filter(np.where(inside, ct_hu, 0).astype(np.float32), sigmas)
     return total / np.maximum(weight, 1e-3)

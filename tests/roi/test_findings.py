@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from clinfuse.roi.findings import ct_dense_findings
+from clinfuse.roi.findings import SMOOTHING_MM, ct_dense_findings, noise_left
 
 SPACING_MM = (5.0, 0.9, 0.9)
 
@@ -50,3 +51,23 @@ def test_nothing_outside_the_brain_is_a_finding():
     left[..., 85:] = False
     ct_hu[box(ct_hu.shape, 16)] = 70
     assert not ct_dense_findings(ct_hu, left, SPACING_MM).any()
+
+
+def test_a_noisy_scan_has_no_more_findings_than_it_shows():
+    for noise_hu in (20.0, 40.0):
+        ct_hu, brain = brain_ct(noise_hu=noise_hu)
+        assert not ct_dense_findings(ct_hu, brain, SPACING_MM).any()
+        calcium = box(ct_hu.shape, 16)
+        ct_hu[calcium] += 250 - 35
+        found = ct_dense_findings(ct_hu, brain, SPACING_MM)
+        assert 2 * (found & calcium).sum() / (found.sum() + calcium.sum()) > 0.8
+
+
+@pytest.mark.parametrize(("sizes", "gain"), [((5.0, 4.0, 4.0), 1.0), ((5.0, 1.5, 1.5), 0.282)])
+def test_the_noise_that_is_left_is_what_was_added_but_for_smoothing(sizes, gain):
+    """A Gaussian of one voxel leaves 1 / (2 sqrt(pi)) = 0.282 of white noise in a slice."""
+    ramp = 35 + 0.5 * np.arange(64)[:, None] + np.zeros((12, 64, 64))
+    ramp += np.random.default_rng(0).normal(0, 12.0, ramp.shape)
+    sigmas = [SMOOTHING_MM / size if size < 2 * SMOOTHING_MM else 0.0 for size in sizes]
+    found = noise_left(ramp, np.ones(ramp.shape, bool), sigmas)
+    assert found == pytest.approx(12.0 * gain, rel=0.03)
