@@ -7,7 +7,7 @@ effect only where ``conf`` places it, and asks nothing of the machine.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,12 @@ GET_METHOD = "hydra.utils.get_method"
 RESOLVERS = ("precision", "deterministic", "fingerprint", "swept", "oc.select", "hydra")
 OF_HYDRA = ("runtime.output_dir", "runtime.choices.method")
 """What a run's configuration may ask of Hydra: where it is, and what it is called."""
+
+WRITTEN = ("folder", "dirpath", "default_root_dir")
+"""What the settings are called that say where a training writes."""
+
+OWN_FOLDER = "${hydra:runtime.output_dir}"
+"""Where it may without being asked: into the run's own folder."""
 
 OF_BEFORE = frozenset({"lightning.pytorch.callbacks.ModelCheckpoint"})
 """What ``conf`` named once, and runs of that time do."""
@@ -131,6 +137,30 @@ def check_references(content: Any, path: Path) -> None:
             )
 
 
+def check_places(content: Any, path: Path, asked: Sequence[str] = ()) -> None:
+    """Refuse a training that would write elsewhere than into its own folder.
+
+    Args:
+        content: as read, nothing in it resolved.
+        path: of the file, for messages.
+        asked: settings that whoever goes on with it has named himself.
+
+    Raises:
+        ValueError: a callback or trainer of another folder.
+    """
+    for place, node in _nodes({part: content.get(part) for part in ("trainer", "callbacks")}):
+        if not isinstance(node, Mapping) or _is_trusted(node.get("_target_")):
+            continue
+        for name in (name for name in WRITTEN if name in node and not _is_own(node[name])):
+            where = _where((*place, name))
+            if not any(f"{where}.".startswith(f"{own}.") for own in asked):
+                raise ValueError(
+                    f"expected a run that goes on in its own folder, got one that writes into "
+                    f"{str(node[name])[:200]!r} ({where}=FOLDER on the command line says another): "
+                    f"{path}"
+                )
+
+
 @lru_cache(maxsize=4)
 def named_by(conf: Path) -> Named:
     """What the options of a training name in a folder of configurations."""
@@ -173,7 +203,7 @@ def _not_allowed(node: Mapping[Any, Any], place: tuple[Any, ...], named: Named) 
     target = node["_target_"]
     if not isinstance(target, str):
         return f"a {type(target).__name__} to call"
-    if target and target in os.environ.get(TRUSTED, "").split(","):
+    if _is_trusted(target):
         return None
     if target not in named.targets:
         return target
@@ -188,6 +218,19 @@ def _not_allowed(node: Mapping[Any, Any], place: tuple[Any, ...], named: Named) 
     if PLACED.get(target) == "weights" and node not in named.fetched:
         return f"{target} of {node.get('url')}"
     return None
+
+
+def _is_trusted(target: Any) -> bool:
+    return bool(target) and target in os.environ.get(TRUSTED, "").split(",")
+
+
+def _is_own(folder: Any) -> bool:
+    if folder is None:
+        return True
+    if not isinstance(folder, str) or not folder.startswith(OWN_FOLDER):
+        return False
+    below = folder.removeprefix(OWN_FOLDER)
+    return below[:1] in ("", "/") and "$" not in below and ".." not in below.split("/")
 
 
 @lru_cache(maxsize=1024)

@@ -36,12 +36,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from clinfuse.allowed import check_named, check_text
-from clinfuse.callbacks.checkpoint import PREVIOUS, read_whole
+from clinfuse.callbacks.checkpoint import PREVIOUS
 from clinfuse.callbacks.model_draws import read_draws
-from clinfuse.networks.pretrained import SAFETENSORS, read_safetensors
+from clinfuse.networks.pretrained import SAFETENSORS, read_safetensors, read_whole
 from clinfuse.networks.windows import is_out_of_memory
 from clinfuse.preparation.identifiers import without_identity
 from clinfuse.reporting.atomic import write_atomically
+from clinfuse.reporting.run_folder import CONFIG, DIGEST, check_config, write_config
 
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent
@@ -279,18 +280,22 @@ def run_config(folder: str | Path) -> DictConfig:
 
     Raises:
         FileNotFoundError: the folder is no run's.
-        ValueError: its configuration cannot be read, is none, or names what ``conf`` does not
-            (see ``allowed``).
+        ValueError: its configuration cannot be read, is none, is not what the run wrote, or names
+            what ``conf`` does not (see ``allowed``).
     """
-    path = Path(folder) / ".hydra" / "config.yaml"
+    path = Path(folder) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a run folder with .hydra/config.yaml, found none in {folder}"
-        )
+        raise FileNotFoundError(f"expected a run folder with {CONFIG}, found none in {folder}")
+    check_config(Path(folder))
     cfg = checked_config(read_text(path), path)
     if not isinstance(cfg, DictConfig) or not {"method", "data"} <= set(cfg):
         raise ValueError(f"expected a run's configuration with method and data, got none: {path}")
     return cfg
+
+
+def save_config(cfg: DictConfig, folder: str | Path) -> None:
+    """Keep a configuration as that of a run."""
+    write_config(Path(folder), OmegaConf.to_yaml(cfg))
 
 
 def checked_config(text: str, path: Path) -> Any:
@@ -399,7 +404,7 @@ def lesion_head_of(path: str | Path) -> Any:
     from clinfuse.networks.lesion_heads import read_bundle, read_nnunet  # MONAI takes its seconds
 
     folder = Path(path)
-    if (folder / ".hydra" / "config.yaml").is_file():
+    if (folder / CONFIG).is_file():
         cfg = run_config(folder)
         if cfg.method.get("_target_") != LESION_HEAD:
             raise ValueError(
@@ -439,7 +444,8 @@ def trained_method(folder: str | Path, cfg: DictConfig | None = None) -> Any:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} was trained with a lesion head whose files are gone: {error} "
-            f"(put it back, or correct lesion_head in {Path(folder) / '.hydra' / 'config.yaml'})"
+            f"(put it back, or correct lesion_head in {Path(folder) / CONFIG} and remove "
+            f"{DIGEST.name} beside it)"
         ) from error
     with expecting(f"the weights of {cfg.get('method_name')}", weights.path):
         method.load_state_dict(weights.state)
@@ -471,14 +477,36 @@ def weights_of(folder: str | Path) -> Weights:
         FileNotFoundError: it has neither.
         ValueError: they cannot be read.
     """
+    path = weights_file(folder)
+    if path.suffix == SAFETENSORS:
+        return read_exported(path)
+    return Weights(path, checkpoint_content(path)["state_dict"], read_draws(path.parent))
+
+
+def weights_file(folder: str | Path) -> Path:
+    """The file that a run's weights are in, unread: whether they are whole its reader says.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     exported = Path(folder) / EXPORTED
     try:
-        path = checkpoint_of(folder)
+        return checkpoint_of(folder)
     except FileNotFoundError:
         if not exported.is_file():
             raise
-        return read_exported(exported)
-    return Weights(path, checkpoint_content(path)["state_dict"], read_draws(path.parent))
+    return exported
+
+
+def draws_of(folder: str | Path) -> list[dict[str, torch.Tensor]]:
+    """A run's model draws, without its weights where these are in a file of their own.
+
+    Raises:
+        FileNotFoundError: it has no weights.
+        ValueError: they cannot be read.
+    """
+    path = weights_file(folder)
+    return read_exported(path).draws if path.suffix == SAFETENSORS else read_draws(path.parent)
 
 
 def read_exported(path: Path) -> Weights:
@@ -509,7 +537,7 @@ def building(folder: str | Path) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        path, said = Path(folder) / ".hydra" / "config.yaml", " ".join(str(cause).split())
+        path, said = Path(folder) / CONFIG, " ".join(str(cause).split())
         if isinstance(cause, _EXPECTED) and not isinstance(cause, OmegaConfBaseException):
             if not isinstance(cause, ValueError) or str(folder) in said:
                 raise
@@ -600,8 +628,12 @@ def is_sampled_as_trained(saved: DictConfig, folder: str | Path) -> bool:
 
 def choice_was_made(group: str) -> bool:
     """Whether the command line itself names an option of a config group, or a key within it."""
-    overrides = HydraConfig.get().overrides.task
-    return any(o.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] == group for o in overrides)
+    return group in map(group_of, HydraConfig.get().overrides.task)
+
+
+def group_of(override: str) -> str:
+    """The first name of what a word of the command line is about: ``data`` of ``data.root=x``."""
+    return override.lstrip("+~").split("=")[0].split(".")[0].split("@")[0]
 
 
 def run_facts() -> dict[str, str]:

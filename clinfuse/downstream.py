@@ -32,7 +32,7 @@ from clinfuse.configuration import (
     run_facts,
     runs_named,
     trained_method,
-    weights_of,
+    weights_file,
 )
 from clinfuse.data.made_once import MadeOnce
 from clinfuse.data.splits import read_splits
@@ -218,7 +218,7 @@ def fused_by_run(run: str, data: Any, trainer: lightning.Trainer, out: Path) -> 
     method = trained_method(run, saved)
     if not isinstance(method, FusionMethod):
         raise ValueError(f"expected a run that fuses, got one of method={saved.method_name}: {run}")
-    weights = hashlib.sha256(weights_of(run).path.read_bytes()).hexdigest()
+    weights = hashlib.sha256(weights_file(run).read_bytes()).hexdigest()
     sampling = [
         OmegaConf.to_container(saved[part], resolve=True)
         for part in ("method", "guidance")

@@ -43,7 +43,7 @@ from clinfuse.configuration import (
     run_facts,
     runs_named,
     trained_method,
-    weights_of,
+    weights_file,
     with_other_guidance,
 )
 from clinfuse.data.one_case import OneCase
@@ -203,7 +203,7 @@ def agree(cfg: DictConfig, runs: Sequence[str]) -> None:
     assert isinstance(plain, dict)
     asked = {name: value for name, value in plain.items() if name not in _OF_A_WORKER}
     own = {
-        "key": fingerprint([asked, digest_of(weights_of(run).path for run in runs)]),
+        "key": fingerprint([asked, digest_of(map(weights_file, runs))]),
         "commit": run_facts()["commit"],
         "precision": cfg.trainer.precision,
         "memory_gb": memory_budget(cfg.memory_gb, trainer_of(cfg).strategy.root_device),

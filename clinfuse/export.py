@@ -28,6 +28,7 @@ from clinfuse.configuration import (
 )
 from clinfuse.networks.pretrained import SAFETENSORS, read_safetensors
 from clinfuse.reporting.atomic import write_atomically
+from clinfuse.reporting.run_folder import CONFIG, sha256_of, write_config
 
 register_resolvers()
 
@@ -60,12 +61,13 @@ def export(run: Path, file: Path) -> Path:
     tensors = dict(weights.state)
     for number, draw in enumerate(weights.draws):
         tensors |= {f"draw_{number}/{name}": tensor for name, tensor in draw.items()}
-    facts = _record(run / "facts.json")
+    facts, config = _record(run / "facts.json"), read_text(run / CONFIG)
     texts = {
         "format": "pt",
         "clinfuse": __version__,
         "method": str(cfg.get("method_name")),
-        "config": read_text(run / ".hydra" / "config.yaml"),
+        "config": config,
+        "config_sha256": sha256_of(config),
         "commit": str(facts.get("commit", "unknown")),
         "precision": str((cfg.get("trainer") or {}).get("precision", "unknown")),
     }
@@ -80,18 +82,20 @@ def imported(file: Path, run: Path) -> Path:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not written by ``export``, a configuration that names what ``conf`` does not,
-            weights that are of another, or a folder that holds files.
+        ValueError: not written by ``export``, a configuration that names what ``conf`` does not or
+            is not what was exported, weights that are of another, or a folder that holds files.
     """
     _, texts = read_safetensors(file)
     if "config" not in texts:
         raise ValueError(f"expected a file that clinfuse.export wrote, got no config in it: {file}")
     checked_config(texts["config"], file)
+    if texts.get("config_sha256") not in (None, sha256_of(texts["config"])):
+        raise ValueError(f"expected the configuration that was exported, got another: {file}")
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"expected a new or empty folder for the run, got files: {run}")
     partial = run.with_name(f".{run.name}.partial")
     try:
-        write_atomically(partial / ".hydra" / "config.yaml", texts["config"])
+        write_config(partial, texts["config"])
         if "calibration" in texts:
             write_atomically(partial / CALIBRATION, texts["calibration"])
         (partial / EXPORTED).parent.mkdir(exist_ok=True)

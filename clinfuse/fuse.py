@@ -39,7 +39,7 @@ from clinfuse.configuration import (
     run_config,
     run_facts,
     trained_method,
-    weights_of,
+    weights_file,
     with_other_guidance,
 )
 from clinfuse.data.paired_volumes import study_item
@@ -198,9 +198,9 @@ def fuse_cohort(settings: Sequence[DictConfig], cfg: DictConfig) -> None:
     out, share = Path(cfg.out), share_of(cfg.shard, os.environ)
     if out.resolve() == Path(cfg.studies).resolve():
         raise ValueError(f"expected another folder for out than the studies', got both: {out}")
+    fusers = [fuser_of(saved, cfg) for saved in settings]  # what is damaged begins no record
     agree(settings, folders, cfg)
     worklist = Worklist(out, list(folders), share)
-    fusers = [fuser_of(saved, cfg) for saved in settings]
 
     def make(case: str, scratch: Path) -> None:
         study = load_study(folders[case], settings[0].data.ct_map, cfg.cache_dir)
@@ -234,7 +234,7 @@ def agree(settings: Sequence[DictConfig], folders: Mapping[str, Path], cfg: Dict
         ValueError: ``out`` is of another fusion.
     """
     out = Path(cfg.out)
-    weights = weights_of(cfg.run).path
+    weights = weights_file(cfg.run)
     digest = digest_of([weights, *sorted(weights.parent.glob("draw_*"))])
     asked = [[OmegaConf.to_yaml(saved) for saved in settings], digest, cfg.steps, cfg.members]
     own = {

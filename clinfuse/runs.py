@@ -19,6 +19,7 @@ from clinfuse.callbacks.checkpoint import PREVIOUS, linked
 from clinfuse.configuration import CHECKPOINT, checkpoint_content, fingerprint
 from clinfuse.data.made_once import one_at_a_time
 from clinfuse.reporting.atomic import write_atomically
+from clinfuse.reporting.run_folder import write_config
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def begun(folder: Path, cfg: DictConfig) -> State:
     if (state := read_state(folder)) is None:
         return State(key, config=OmegaConf.to_yaml(cfg))
     if state.key != key:
-        write_atomically(folder / ".hydra" / "config.yaml", state.config)
+        write_config(folder, state.config)
         raise ValueError(
             f"expected a folder that is new, or of the same configuration, got one of another "
             f"(remove it, or choose another folder): {folder}"

@@ -43,6 +43,7 @@ from clinfuse.reporting.parameters import Axis, parameter_figure
 from clinfuse.reporting.robustness import FILES as PERTURBED
 from clinfuse.reporting.robustness import robustness_files, robustness_of
 from clinfuse.reporting.rows import as_rows, read_rows
+from clinfuse.reporting.run_folder import CONFIG, check_config
 from clinfuse.reporting.tables import headline, headline_scores, print_table
 
 register_resolvers()
@@ -50,7 +51,7 @@ register_resolvers()
 TABLES_PATH = str(Path(CONFIG_PATH) / "tables")
 """A folder of its own: beside the group ``experiment`` Hydra would take experiment=NAME for it."""
 
-CASES, CONFIG = "cases.csv", Path(".hydra") / "config.yaml"
+CASES = "cases.csv"
 
 
 class LeftOut(NamedTuple):
@@ -261,8 +262,9 @@ def config_of(folder: Path) -> DictConfig | None:
     """The configuration that Hydra recorded in a folder; None where it has not been.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or is not what the run wrote.
     """
+    check_config(folder)
     return _yaml(folder / CONFIG)
 
 

@@ -8,7 +8,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from clinfuse.configuration import run_config, trained_method, weights_of
+from clinfuse.configuration import draws_of, run_config, trained_method
 from clinfuse.data.splits import read_splits_file
 from clinfuse.reporting.atomic import write_atomically
 
@@ -96,7 +96,7 @@ def check_patients(teacher: str | Path, data: Any) -> None:
 def learn_from(teacher: str | Path, student: Any, folder: Path) -> None:
     """Give a student its teacher's weights, and its folder the teacher's model draws."""
     student.learn_from(trained_method(teacher))
-    for number, draw in enumerate(weights_of(teacher).draws):
+    for number, draw in enumerate(draws_of(teacher)):
         content = io.BytesIO()
         torch.save(draw, content)
         write_atomically(folder / "checkpoints" / f"draw_{number}_stage_0.pt", content.getvalue())

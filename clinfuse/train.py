@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, Timer, WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
+from clinfuse.allowed import check_places
 from clinfuse.callbacks.calibration import CalibrationFit, read_calibration
 from clinfuse.callbacks.checkpoint import RunCheckpoint
 from clinfuse.callbacks.interruption import Interruptions
@@ -30,15 +31,19 @@ from clinfuse.configuration import (
     building,
     checkpoint_content,
     checkpoint_of,
+    choice_was_made,
+    group_of,
     in_one_sentence,
     quiet_libraries,
     register_resolvers,
     run_config,
     run_facts,
+    save_config,
     trained_method,
 )
 from clinfuse.metrics.calibration import Calibration
 from clinfuse.reporting.atomic import write_atomically
+from clinfuse.reporting.run_folder import CONFIG
 from clinfuse.runs import (
     State,
     adopt_training,
@@ -74,7 +79,7 @@ def main(cfg: DictConfig) -> float | None:
             cfg.lesion_head = str(Path(cfg.lesion_head).resolve())  # wherever it is read from
         state = begun(folder, cfg)
         if is_first():
-            OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+            save_config(cfg, folder)
         if state.is_finished:
             print(f"finished before: {folder}", flush=True)
             return state.objective
@@ -100,7 +105,7 @@ def main(cfg: DictConfig) -> float | None:
         )
     with built():
         trainer = trainer_of(cfg)
-    if method.is_trainable:
+    if method.is_trainable or not starts_its_own(trainer):
         gather_ranks(trainer)
     facts: dict[str, Any] = {}
     if is_first():
@@ -183,7 +188,7 @@ def write_record(
     for half_written in folder.glob(".*.tmp"):  # by who was stopped while writing
         half_written.unlink(missing_ok=True)
     if not cfg.resume:  # once more: each of several ranks has put Hydra's own there meanwhile
-        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+        save_config(cfg, folder)
     state.write(folder)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     data.write_splits(folder / "splits.json")
@@ -283,18 +288,65 @@ def calibrated(cfg: DictConfig, method: Any, data: Any, folder: Path) -> Calibra
 
 
 def resumed(cfg: DictConfig) -> DictConfig:
-    """The interrupted run's own configuration, with what this command line changes."""
+    """The interrupted run's own configuration, with what this command line changes.
+
+    But for its loggers: see ``loggers_of``.
+
+    Raises:
+        FileNotFoundError: no run.
+        ValueError: a configuration as in ``run_config``, one that writes elsewhere, or another
+            method, data, ... asked for.
+    """
     saved = run_config(cfg.resume)
-    changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+    apart = ("resume", "logger")
+    changes = [o for o in HydraConfig.get().overrides.task if group_of(o) not in apart]
     groups = [o for o in changes if "=" in o and o.split("=")[0] in _GROUPS]
     if groups:
         raise ValueError(f"a resumed run keeps its method and data, and cannot change {groups}")
+    plain = OmegaConf.to_container(saved, resolve=False)
+    asked = [o.lstrip("+~").split("=")[0] for o in changes]
+    check_places(plain, Path(cfg.resume) / CONFIG, asked)
     merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": cfg.resume})
     assert isinstance(merged, DictConfig)
+    merged.logger = loggers_of(saved, cfg)
     return merged
 
 
 _GROUPS = {path.name for path in Path(CONFIG_PATH).iterdir() if path.is_dir()}
+
+
+def loggers_of(saved: DictConfig, cfg: DictConfig) -> DictConfig:
+    """Where a run that goes on is logged: as this command line says, if it says anything of it.
+
+    Else by the loggers that it had, as they are configured here: a run may come from a stranger,
+    who is not to say where curves and pictures are sent. What he had otherwise is named.
+    """
+    if choice_was_made("logger"):
+        return cfg.logger
+    options = {path.stem: OmegaConf.load(path) for path in Path(CONFIG_PATH, "logger").glob("*")}
+    had = OmegaConf.to_container(saved, resolve=False)
+    assert isinstance(had, dict)
+    kept, others = OmegaConf.create(), list[str]()
+    named = had.get("logger") or {}
+    for name, theirs in named.items() if isinstance(named, dict) else ():
+        if theirs is None:  # switched off
+            continue
+        if not isinstance(theirs, dict) or (ours := options.get(name, {}).get(name)) is None:
+            others.append(f"logger.{name}")
+            continue
+        kept[name] = ours
+        here = OmegaConf.to_container(ours, resolve=False)
+        assert isinstance(here, dict)
+        changed = {k: v for k, v in theirs.items() if k not in here or here[k] != v}
+        others += [f"logger.{name}.{key}={str(value)[:100]!r}" for key, value in changed.items()]
+    if others:
+        log.warning(
+            "a run that goes on is logged as this machine's conf or its command line says, and "
+            "that says nothing of what the run had: %s",
+            ", ".join(others),
+        )
+    log.info("logged to: %s (logger=csv, logger=wandb, ... asks for others)", ", ".join(kept))
+    return kept
 
 
 def report_facts(cfg: DictConfig, facts: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from clinfuse.allowed import DEEPEST, GROUPS, LARGEST, check_named, named_by
+from clinfuse.allowed import DEEPEST, GROUPS, LARGEST, check_named, check_places, named_by
 from clinfuse.configuration import CONFIG_PATH, run_config
 
 CONF = Path(CONFIG_PATH)
@@ -66,6 +66,34 @@ def test_what_a_run_saves_may_be_read_back(overrides, phantoms, tmp_path):
     (tmp_path / ".hydra").mkdir()
     OmegaConf.save(phantoms.config(*overrides), tmp_path / ".hydra" / "config.yaml")
     assert run_config(tmp_path).data._target_.startswith("clinfuse.data")
+
+
+OWN = "${hydra:runtime.output_dir}"
+
+
+@pytest.mark.parametrize(
+    "folder", ["/elsewhere", "x", f"{OWN}/../x", f"{OWN}x", "${data.root}", OWN + "${name}", {}]
+)
+def test_a_training_that_writes_elsewhere_is_refused_until_it_is_asked_for(
+    folder, tmp_path, monkeypatch
+):
+    def content(**of_trainer):
+        return {"callbacks": {"a": {"_target_": "my.Own", "folder": folder}}, "trainer": of_trainer}
+
+    with pytest.raises(ValueError, match=rf"\(callbacks\.a\.folder=FOLDER on the .*: {tmp_path}"):
+        check_places(content(), tmp_path)
+    for asked in ("callbacks.a", "callbacks.a.folder"):
+        check_places(content(), tmp_path, ["seed", asked])
+    monkeypatch.setenv("CLINFUSE_TRUSTED", "my.Own")
+    check_places(content(default_root_dir=f"{OWN}/x"), tmp_path)
+    with pytest.raises(ValueError, match=r"trainer\.default_root_dir=FOLDER"):
+        check_places(content(default_root_dir=folder), tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["smoke", "notebook", "demo"])
+def test_what_conf_has_trains_within_the_runs_folder(preset, phantoms, tmp_path):
+    cfg = phantoms.config(f"experiment={preset}")
+    check_places(OmegaConf.to_container(cfg, resolve=False), tmp_path)
 
 
 def test_a_run_from_before_our_own_checkpoints_is_still_read(phantoms, tmp_path):

@@ -274,6 +274,19 @@ def test_a_checkpoint_that_cannot_be_read_is_named(smoke_run, tmp_path):
         trained_method(run)
 
 
+def test_a_runs_configuration_that_became_another_valid_one_is_not_taken(smoke_run, tmp_path):
+    run = copied(smoke_run, tmp_path / "run")
+    path = run / ".hydra" / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("\n  steps: 2\n", "\n  steps: 3\n"))
+    assert path.read_text() != text
+    for read in (run_config, trained_method):
+        with pytest.raises(ValueError, match=f"run has written, got one that was .*: {path}"):
+            read(run)
+    (run / ".hydra" / "config.sha256").unlink()
+    assert trained_method(run).steps == 3
+
+
 @pytest.mark.parametrize("text", ["", "- a list\n", "seed: 0\n", "a: [unclosed\n"])
 def test_a_configuration_that_is_none_is_named(text, tmp_path):
     path = tmp_path / ".hydra" / "config.yaml"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from clinfuse.configuration import lesion_head_of, trained_method
+from clinfuse.configuration import lesion_head_of, save_config, trained_method
 from clinfuse.data.splits import write_splits
 from clinfuse.evaluate import OneTable, data_of, main, one_table, rule
 from clinfuse.functional.psnr import psnr
@@ -24,7 +24,7 @@ def evaluated(smoke_run, phantoms, tmp_path_factory):
     shutil.copytree(smoke_run, sister)
     saved = OmegaConf.load(sister / ".hydra" / "config.yaml")
     saved.seed = 7
-    OmegaConf.save(saved, sister / ".hydra" / "config.yaml")
+    save_config(saved, sister)
     overrides = (
         f"run=[{sister},{smoke_run}]", "baselines=[average,maximum]", "misregistration_mm=[0,2,4]",
     )  # fmt: skip
@@ -91,7 +91,7 @@ def lesion_run(smoke_run, tmp_path):
     shutil.copytree(smoke_run, folder)
     saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
     saved.guidance.eta, saved.guidance.gamma = 1.0, 1000.0
-    OmegaConf.save(saved, folder / ".hydra" / "config.yaml")
+    save_config(saved, folder)
     return folder
 
 

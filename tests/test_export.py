@@ -12,9 +12,11 @@ from safetensors.torch import save, save_file
 from clinfuse.callbacks.calibration import read_calibration
 from clinfuse.configuration import (
     CONFIG_PATH,
+    draws_of,
     lesion_head_of,
     run_config,
     trained_method,
+    weights_file,
     weights_of,
 )
 from clinfuse.export import export, imported, main
@@ -60,7 +62,8 @@ def test_configuration_and_calibration_are_the_runs(exported, smoke_run):
     assert (texts["method"], texts["commit"]) == ("clinfuse", facts["commit"])
     assert yaml.safe_load(texts["config"])["method"]["steps"] == 2
     assert set(texts) == {
-        "format", "clinfuse", "method", "config", "commit", "precision", "calibration"
+        "format", "clinfuse", "method", "config", "config_sha256", "commit", "precision",
+        "calibration",
     }  # fmt: skip
 
 
@@ -74,6 +77,25 @@ def test_an_exported_lesion_head_is_one(phantoms, tmp_path):
     again = lesion_head_of(imported(export(run, tmp_path / "h.safetensors"), tmp_path / "again"))
     for name, weight in built.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight)
+
+
+def test_the_file_of_a_runs_weights_is_found_unread_and_its_draws_without_them(
+    exported, smoke_run, tmp_path
+):
+    for run, name in ((smoke_run, "last.ckpt"), (exported[1], "last.safetensors")):
+        assert weights_file(run) == run / "checkpoints" / name
+        draws, expected = draws_of(run), weights_of(run).draws
+        assert len(draws) == len(expected) > 0
+        for draw, of_weights in zip(draws, expected, strict=True):
+            assert draw.keys() == of_weights.keys()
+            assert all(torch.equal(draw[name], of_weights[name]) for name in draw)
+    broken = shutil.copytree(smoke_run / "checkpoints", tmp_path / "checkpoints") / "last.ckpt"
+    broken.write_bytes(b"broken")
+    assert weights_file(tmp_path) == broken and len(draws_of(tmp_path)) == len(draws)
+    with pytest.raises(ValueError, match=f"expected a readable checkpoint, got .*: {broken}"):
+        weights_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*last\.ckpt"):
+        weights_file(tmp_path / "gone")
 
 
 def test_a_checkpoint_counts_before_what_was_exported(smoke_run, exported, tmp_path):
@@ -115,7 +137,19 @@ def test_what_is_no_run_is_refused_and_nothing_is_left(exported, tmp_path):
     (tmp_path / "plain.safetensors").write_bytes(save({"w": torch.ones(1)}))
     for given, said in (
         (changed(file, tmp_path / "a.safetensors", config=evil), "got os.system at method"),
-        (changed(file, tmp_path / "b.safetensors", config=yaml.safe_dump(other)), "got others"),
+        (
+            changed(
+                file,
+                tmp_path / "b.safetensors",
+                config=yaml.safe_dump(other),
+                config_sha256=None,  # as of before there was one
+            ),
+            "got others",
+        ),
+        (
+            changed(file, tmp_path / "d.safetensors", config=yaml.safe_dump(other)),
+            "expected the configuration that was exported, got another",
+        ),
         (changed(file, tmp_path / "c.safetensors", config=None), "got no config in it"),
         (tmp_path / "broken.safetensors", "something else or a damaged file"),
         (tmp_path / "plain.safetensors", "got no config in it"),

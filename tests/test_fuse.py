@@ -15,7 +15,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from omegaconf import OmegaConf
 from torch import nn
 
-from clinfuse.configuration import run_config, trained_method
+from clinfuse.configuration import run_config, save_config, trained_method
 from clinfuse.data.phantoms import make_phantom, ras_affine
 from clinfuse.fuse import (
     Fusion,
@@ -452,6 +452,16 @@ def test_fixed_shares_together_are_byte_for_byte_what_one_worker_makes(
     assert two == {name: content for name, content in one.items() if name != "cases.csv"}
 
 
+def test_a_damaged_checkpoint_begins_no_cohort(smoke_run, phantoms, studies, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(smoke_run, run)
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    assert fuse_cohort(out, run, phantoms, studies) == 1
+    assert f"expected a readable checkpoint, got RuntimeError: {last}" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_cohorts_folder_takes_no_other_fusion_and_no_folder_of_anothers(
     cohort, smoke_run, phantoms, studies, tmp_path, capsys
 ):
@@ -581,7 +591,7 @@ def test_a_run_on_2d_pairs_is_refused(smoke_run, phantoms, patient, tmp_path, ca
     run = tmp_path / "run"
     shutil.copytree(smoke_run, run)
     pairs = phantoms.config("data=paired_slices", "data.root=pairs", "data.kind=ct_mri")
-    OmegaConf.save(pairs, run / ".hydra" / "config.yaml")
+    save_config(pairs, run)
     overrides = arguments(run, patient / "LAS", tmp_path / "out")
     sentence = refusal(phantoms, tmp_path, capsys, overrides)
     assert "2-D pairs" in sentence and str(run) in sentence

@@ -8,6 +8,7 @@ import torch
 
 from clinfuse.callbacks.checkpoint import PREVIOUS
 from clinfuse.configuration import CHECKPOINT
+from clinfuse.reporting.run_folder import check_config
 from clinfuse.runs import (
     STATE,
     State,
@@ -105,6 +106,7 @@ def test_another_configurations_folder_is_refused_and_its_record_put_back(phanto
     (tmp_path / ".hydra" / "config.yaml").write_text("what Hydra wrote over it")
     with pytest.raises(ValueError, match="got one of another .*: " + str(tmp_path)):
         begun(tmp_path, phantoms.config(*phantoms.smoke, "optimizer.lr=0.5"))
+    check_config(tmp_path)
     restored = (tmp_path / ".hydra" / "config.yaml").read_text()
     assert restored == read_state(tmp_path).config and "max_epochs: 2" in restored
 

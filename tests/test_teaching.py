@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from clinfuse.configuration import checkpoint_of, run_config, trained_method
+from clinfuse.configuration import checkpoint_of, run_config, save_config, trained_method
 
 STUDENT = (
     "method=distill", "method.steps=1", "method.teacher_steps=2", "trainer.max_epochs=1",
@@ -39,7 +39,7 @@ def test_a_students_folder_is_all_that_is_needed(student_run, smoke_run, phantom
     copy = shutil.copytree(student_run, tmp_path / "student")
     cfg = run_config(copy)
     cfg.teacher = str(tmp_path / "gone")
-    OmegaConf.save(cfg, copy / ".hydra" / "config.yaml")
+    save_config(cfg, copy)
     student, teacher = trained_method(copy), trained_method(smoke_run)
     for name, weight in teacher.anchor.state_dict().items():
         torch.testing.assert_close(student.teacher.anchor.state_dict()[name], weight)  # averaged

@@ -1,5 +1,6 @@
 import csv
 import json
+import logging
 import shutil
 import signal
 from pathlib import Path
@@ -13,8 +14,9 @@ from omegaconf import OmegaConf
 
 from clinfuse.callbacks.checkpoint import PREVIOUS
 from clinfuse.callbacks.interruption import Interrupted
+from clinfuse.configuration import CONFIG_PATH, run_config, save_config
 from clinfuse.data.splits import read_splits
-from clinfuse.train import main
+from clinfuse.train import main, resumed
 
 TRAINING = ("test=false", "callbacks.report=null", "callbacks.progress=null")
 """A run of ``phantoms.run`` that trains as any other and leaves the pictures out."""
@@ -76,7 +78,8 @@ def assert_identical(one, other, where=""):
 
 def test_a_run_leaves_everything_that_it_takes_to_repeat_and_to_judge_it(smoke_run):
     expected = {
-        ".hydra/config.yaml", ".hydra/overrides.yaml", "checkpoints/last.ckpt", "metrics.csv",
+        ".hydra/config.yaml", ".hydra/config.sha256", ".hydra/overrides.yaml", "metrics.csv",
+        "checkpoints/last.ckpt",
         "cases.csv", "report.html", "facts.json", "splits.json", "train.log", "calibration.json",
         *(f"checkpoints/draw_{draw}_stage_{stage}.pt" for draw in (0, 1) for stage in (0, 1)),
     }  # fmt: skip
@@ -191,6 +194,71 @@ def test_a_finished_run_can_be_resumed_for_more_epochs_but_not_as_another_method
     assert checkpoint(folder)["global_step"] == 16
     with pytest.raises(SystemExit):
         main(phantoms.config(f"resume={folder}", "method=average", folder=folder))
+
+
+def going_on(run, folder, phantoms, loggers, *overrides):
+    """The loggers of a copy of a run, had it had other ones, when it goes on."""
+    copy = shutil.copytree(run / ".hydra", folder / ".hydra").parent
+    saved = run_config(copy)
+    saved.logger = loggers
+    save_config(saved, copy)
+    return resumed(phantoms.config(f"resume={copy}", *overrides, folder=copy)).logger
+
+
+def test_a_run_that_goes_on_is_logged_where_we_say_and_not_where_it_was(
+    smoke_run, phantoms, tmp_path, caplog
+):
+    """Of a stranger's run no address, path or key is taken, and each is named."""
+    csv = {"_target_": "clinfuse.callbacks.loggers.RunCSVLogger", "save_dir": "/elsewhere"}
+    mlflow = {
+        "_target_": "clinfuse.callbacks.loggers.mlflow_logger", "save_dir": ".", "name": "x",
+        "project": "clinfuse", "tracking_uri": "http://stranger.invalid",
+    }  # fmt: skip
+    stranger = {"csv": csv, "mlflow": mlflow, "wandb": None, "spy": csv, "word": "x"}
+    caplog.set_level(logging.INFO)
+    loggers = going_on(smoke_run, tmp_path / "stranger", phantoms, stranger)
+    assert list(loggers) == ["csv", "mlflow"] and loggers.mlflow.tracking_uri is None
+    ours = OmegaConf.load(Path(CONFIG_PATH, "logger", "csv.yaml"))
+    assert OmegaConf.to_container(loggers.csv, resolve=False) == OmegaConf.to_container(ours.csv)
+    warned, told = [record.getMessage() for record in caplog.records]
+    for named in (
+        "logger.csv.save_dir='/elsewhere'", "logger.spy", "logger.word",
+        "logger.mlflow.tracking_uri='http://stranger.invalid'",
+    ):  # fmt: skip
+        assert named in warned
+    assert "wandb" not in warned and told.startswith("logged to: csv, mlflow (")
+
+
+def test_a_run_that_goes_on_keeps_its_loggers_until_the_command_line_asks_for_others(
+    smoke_run, phantoms, tmp_path, caplog
+):
+    own = OmegaConf.to_container(phantoms.config().logger, resolve=False)
+    assert list(own) == ["csv", "wandb"]
+    only = {"csv": own["csv"]}  # no word of W&B, though conf would have it
+    for loggers in (own, only):
+        kept = going_on(smoke_run, tmp_path / str(len(loggers)), phantoms, loggers)
+        assert OmegaConf.to_container(kept, resolve=False) == loggers
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    for asked, names in (("wandb", {"wandb"}), ("none", set())):
+        kept = going_on(smoke_run, tmp_path / asked, phantoms, own, f"logger={asked}")
+        assert set(kept) == names
+    mine = going_on(smoke_run, tmp_path / "mine", phantoms, only, "logger.wandb.project=mine")
+    assert mine.wandb.project == "mine" and "csv" in mine
+
+
+@pytest.mark.parametrize("given", ["x", ["csv"]])
+def test_what_are_no_loggers_are_none(given, smoke_run, phantoms, tmp_path):
+    assert going_on(smoke_run, tmp_path / "copy", phantoms, given) == {}
+
+
+def test_a_strangers_run_writes_nowhere_but_into_its_folder(smoke_run, phantoms, tmp_path, capsys):
+    copy = shutil.copytree(smoke_run, tmp_path / "copy")
+    saved = run_config(copy)
+    saved.callbacks.cards.folder = str(tmp_path / "elsewhere")
+    save_config(saved, copy)
+    sentence = refusal(phantoms.config(f"resume={copy}", folder=copy), capsys)
+    assert f"writes into '{tmp_path / 'elsewhere'}' (callbacks.cards.folder=" in sentence
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_rule_has_nothing_to_train_and_is_scored_all_the_same(phantoms, tmp_path):

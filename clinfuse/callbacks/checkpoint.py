@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,23 +181,6 @@ def linked(file: Path, target: Path) -> None:
         shutil.copyfile(file, scratch)
     scratch.replace(target)
     scratch.unlink(missing_ok=True)  # of a link onto itself nothing is renamed
-
-
-def read_whole(path: Path) -> Any:
-    """What ``torch.save`` has written, read without running anything in it.
-
-    Every record is compared with its CRC-32, of which torch itself takes no notice.
-
-    Raises:
-        ValueError: a record was changed after it was written.
-    """
-    if zipfile.is_zipfile(path):  # what is not is torch's to refuse, or of its first format
-        with zipfile.ZipFile(path) as records:
-            damaged = records.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} is not what was written")
-    with warnings.catch_warnings(action="ignore"):  # of protocols it then cannot read
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def random_states() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from clinfuse.networks.pretrained import read_whole
 from clinfuse.reporting.atomic import write_atomically
 from clinfuse.types import FusionBatch, SliceBatch
 
@@ -37,6 +38,10 @@ class NonFiniteGuard(Callback):
     In a skipped step nothing learns: gradients are dropped before the optimizer sees them, so that
     weights, momenta and decay stay, buffers are put back, and the average isn't updated. It still
     is a step of the schedule. All ranks skip together. ``train/skipped_steps`` counts them.
+
+    A step costs one number read back from the device, which says whether loss and gradient are
+    finite, and a copy of those buffers that a step changes, as statistics of batches: which these
+    are is seen in the first step of each epoch, before which all are copied.
 
     A gradient that overflows in float16 while the loss is finite is the gradient scaler's business
     (it skips the step itself and lowers its scale) and isn't counted, until the scale is down to 1.
@@ -55,6 +60,8 @@ class NonFiniteGuard(Callback):
         self.folder, self.in_a_row, self.in_all = Path(folder), in_a_row, in_all
         self.skipped, self.row = 0, 0
         self.cases: Counter[str] = Counter()
+        self._changing: set[str] = set()
+        self._knows_changing = False
         self._forget()
 
     def _forget(self) -> None:
@@ -71,32 +78,38 @@ class NonFiniteGuard(Callback):
         self.cases = Counter(state_dict["cases"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._knows_changing = False  # what was frozen may learn from here on
         self._forget()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._batches:
-            self._buffers = {name: b.clone() for name, b in pl_module.named_buffers()}
+            self._buffers = {
+                name: buffer.clone()
+                for name, buffer in pl_module.named_buffers()
+                if name in self._changing or not self._knows_changing
+            }
         self._batches.append(batch)
         self._random.append(random_state(pl_module.device))
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        self._losses.append(loss.detach().float() / _scale(trainer))
+        self._losses.append(loss.detach().float())  # as scaled, which makes none finite or not
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        if not self._knows_changing:
+            self._changing |= changed(pl_module, self._buffers)
+            self._knows_changing = True
         norm = gradient_norm(optimizer)
-        loss = torch.stack(self._losses).sum() if self._losses else torch.zeros(())
-        is_bad_loss, is_bad_gradient = (
-            trainer.strategy.reduce_boolean_decision(not bool(value.isfinite()), all=False)
-            for value in (loss, norm)
-        )
+        losses = torch.stack(self._losses or [torch.zeros_like(norm)])
+        is_bad_loss, is_bad_gradient = are_bad(trainer, losses, norm)
         if (is_bad_loss or is_bad_gradient) and (is_bad_loss or _scale(trainer) <= 1):
-            what = _fault(pl_module, loss)
+            self._losses = [loss / _scale(trainer) for loss in self._losses]
+            what = _fault(pl_module, losses.sum())
             self._skip(trainer, pl_module, optimizer)
             log.warning("step %d skipped: %s in %s", trainer.global_step, what, self._named())
             if self.row >= self.in_a_row or self.skipped >= self.in_all:
@@ -121,7 +134,8 @@ class NonFiniteGuard(Callback):
                 parameter.grad = None  # without one an optimizer leaves weight and state alone
         with torch.no_grad():
             for name, buffer in pl_module.named_buffers():
-                buffer.copy_(self._buffers[name])
+                if name in self._buffers:
+                    buffer.copy_(self._buffers[name])
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 seen = {"latest_update_step": trainer.global_step + 1}  # what this step will be
@@ -186,7 +200,7 @@ def repeated(path: str | Path, method: LightningModule) -> Repetition:
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a step that was kept, found none: {path}")
     try:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
+        kept = read_whole(Path(path))
         batches = [_batch(plain) for plain in kept["batches"]]
     except Exception as error:
         raise ValueError(
@@ -257,6 +271,23 @@ class _Stream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
+
+
+def are_bad(
+    trainer: Trainer, losses: Float[Tensor, " b"], norm: Float[Tensor, ""]
+) -> tuple[bool, bool]:
+    """Whether a loss or the norm is NaN or inf, here or on another rank: one number read back."""
+    device = trainer.strategy.root_device
+    finite = torch.stack([value.isfinite().all().to(device) for value in (losses, norm)])
+    bad: Any = trainer.strategy.reduce((~finite).int(), reduce_op="max")
+    kinds = int(bad[0] + 2 * bad[1])
+    return bool(kinds & 1), bool(kinds & 2)
+
+
+def changed(module: nn.Module, before: Mapping[str, Tensor]) -> set[str]:
+    """The names of buffers that are not what they were."""
+    now = {name: buffer for name, buffer in module.named_buffers() if name in before}
+    return {name for name, buffer in now.items() if not torch.equal(buffer, before[name])}
 
 
 def gradient_norm(optimizer: Optimizer) -> Float[Tensor, ""]:

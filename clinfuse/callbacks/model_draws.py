@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
-from clinfuse.callbacks.checkpoint import read_whole
+from clinfuse.networks.pretrained import read_whole
 from clinfuse.reporting.atomic import write_atomically
 
 

@@ -1,6 +1,5 @@
 """NIfTI files read into canonical tensor order and written back onto the grid they came from."""
 
-import gzip
 import logging
 import math
 import os
@@ -21,6 +20,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
+
+from clinfuse.functional.claims import check_room, check_texts, unpacked
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ def read_volume(path: Path | str) -> Volume:
     Raises:
         FileNotFoundError: no such file.
         ValueError: not NIfTI, truncated, not 3-D, not real numbers, NaN or infinite voxels, a voxel
-            size of zero, or an affine without volume.
+            size of zero, an affine without volume, more than there is memory for, or more packed
+            than its header says.
     """
     path = Path(path)
     with _readable(path):
@@ -227,6 +229,7 @@ def _open(path: Path) -> nib.Nifti1Image:
     if not path.is_file():
         raise FileNotFoundError(f"expected a NIfTI file, found nothing at {path}")
     try:
+        check_texts(path)
         image = nib.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error) as error:
         raise ValueError(
@@ -266,11 +269,16 @@ def _voxels(image: nib.Nifti1Image, path: Path) -> Float[np.ndarray, "..."]:
     dtype = image.get_data_dtype()
     if dtype.kind not in "iufb":
         raise ValueError(f"expected one real number a voxel, got {dtype}: {path}")
+    check_room(image.shape, dtype.itemsize, path)
+    stored: Any = image.dataobj
+    claimed = stored.offset + math.prod(image.shape) * dtype.itemsize
     try:
         if path.suffix == ".gz":  # nibabel reads no further than the voxels: not the checksum
-            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
+            image = type(image).from_bytes(unpacked(path, claimed))
         array = np.asanyarray(image.dataobj).astype(np.float32)
     except (OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         raise ValueError(
             f"expected {image.shape} voxels, got a truncated or corrupt file "
             f"({_one_line(error)}): {path}"

@@ -31,6 +31,7 @@ from monai.bundle.config_item import ConfigComponent
 from torch import Tensor, nn
 
 from clinfuse.networks.fusion_unet import crop, pad_to_multiple
+from clinfuse.networks.pretrained import read_whole
 from clinfuse.networks.scale_space import AIR
 
 log = logging.getLogger(__name__)
@@ -313,7 +314,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"expected a lesion head's weights, found none at {path}")
     try:
         with torch.serialization.safe_globals(numpy_types):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_whole(path)
     except Exception as error:
         raise ValueError(
             f"expected weights that can be read as tensors, got {type(error).__name__}: {path}"

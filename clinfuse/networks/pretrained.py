@@ -1,6 +1,7 @@
 """Weights that come as a file: read without running anything in it, checked before they load."""
 
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,27 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if others := [str(name) for name, weight in content.items() if not weight.isfinite().all()]:
         raise ValueError(f"expected finite weights, got NaN or inf in {_listed(others)}: {path}")
     return {str(name).removeprefix("module."): weight for name, weight in content.items()}
+
+
+def read_whole(path: Path) -> Any:
+    """What ``torch.save`` has written, read without running anything in it.
+
+    Every record is compared with its CRC-32, of which torch itself takes no notice.
+
+    Raises:
+        ValueError: a record was changed after it was written, or they unpack to more than the file.
+        Exception: of any kind, where torch cannot read it.
+    """
+    if zipfile.is_zipfile(path):  # what is not is torch's to refuse, or of its first format
+        with zipfile.ZipFile(path) as records:
+            size = sum(record.file_size for record in records.infolist())
+            if size > path.stat().st_size:  # torch packs nothing
+                raise ValueError(f"its records unpack to {size} bytes")
+            damaged = records.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} is not what was written")
+    with warnings.catch_warnings(action="ignore"):  # of protocols it then cannot read
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -110,8 +132,7 @@ def load_weights(
 def _unpickled(path: Path) -> Any:
     """What torch saved, read without running anything in it."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of protocols it then cannot read
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return read_whole(path)
     except Exception as error:  # unpickling may fail in any way
         raise ValueError(
             f"expected readable weights, got {_unreadable(path, error)}: {path}"

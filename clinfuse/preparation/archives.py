@@ -23,6 +23,10 @@ MOST_FILES = 1_000_000
 """And to so many files and folders."""
 
 
+MOST_TEXT_BYTES = 1 << 20
+"""Of a member of a tar archive: its name, and what else is said of it."""
+
+
 def unpack(archive: Path, to: Path) -> Path:
     """The folder ``to`` with what a zip or tar archive holds; if it is there, it is left as it is.
 
@@ -49,16 +53,14 @@ def unpack(archive: Path, to: Path) -> Path:
                 for one in members.infolist():
                     _check_member(one.filename, not _is_zipped_special(one), archive)
                 members.extractall(partial)
-        elif tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as members:
-                _check_size((member.size for member in members), archive, partial)
+        else:
+            with _opened_tar(archive) as members:
+                _check_size((_bytes_of(member) for member in members), archive, partial)
                 for member in members:
                     _check_member(member.name, member.isfile() or member.isdir(), archive)
                 if hasattr(tarfile, "data_filter"):  # not in Python 3.11.0 to 3.11.3
                     members.extraction_filter = tarfile.data_filter
                 members.extractall(partial)
-        else:
-            raise ValueError(f"expected a zip or tar archive, got something else: {archive}")
         partial.replace(to)
     except Exception as error:  # reading a damaged archive may fail in any way
         if isinstance(error, OSError) and error.errno in OF_THE_DISK:
@@ -81,6 +83,35 @@ def unwritable(error: OSError, path: Path, left: str) -> OSError:
     refused = OSError(f"expected to write it, got {error.strerror} ({left}): {path}")
     refused.errno = error.errno
     return refused
+
+
+class _Modest(tarfile.TarInfo):
+    """A member whose texts, which are read as a whole before it is known, are not too long."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Modest":
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _TEXTS and member.size > MOST_TEXT_BYTES:
+            raise ValueError(f"names and notes of {member.size} bytes")
+        return member
+
+
+_TEXTS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+
+
+def _opened_tar(archive: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(archive, tarinfo=_Modest)
+    except tarfile.ReadError as error:
+        raise ValueError(f"expected a zip or tar archive, got something else: {archive}") from error
+
+
+def _bytes_of(member: tarfile.TarInfo) -> int:
+    """Of its content and its texts."""
+    return member.size + member.offset_data - member.offset
 
 
 def _check_size(sizes: Iterable[int], archive: Path, partial: Path) -> None:

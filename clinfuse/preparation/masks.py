@@ -21,6 +21,7 @@ from scipy.ndimage import distance_transform_edt
 from clinfuse import __version__
 from clinfuse.functional.intensity import looks_like_hu
 from clinfuse.preparation.grids import is_on
+from clinfuse.preparation.images import read_image
 from clinfuse.roi import masks as classical
 from clinfuse.roi.masks import bone_mask, brain_mask, enclosed
 
@@ -165,7 +166,7 @@ def read_mask(name: str, path: Path, grid: sitk.Image) -> tuple[sitk.Image, dict
     if not path.is_file():
         raise FileNotFoundError(f"expected a {name} mask, found no file: {path}")
     try:
-        image = sitk.ReadImage(path)
+        image = read_image(path)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"expected a {name} mask, got no image ({reason}): {path}") from error

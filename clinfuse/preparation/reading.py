@@ -1,9 +1,10 @@
 """A scan from any file a scanner, an archive or a cohort hands out, checked before it is used."""
 
 import gzip
-import re
+import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,10 +14,12 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from pydicom.misc import is_dicom
 
+from clinfuse.functional.claims import check_room, check_texts, unpacked
 from clinfuse.preparation.affines import affine_of, image_at, upright
 from clinfuse.preparation.dicom.headers import list_series, series_of_file
 from clinfuse.preparation.dicom.series import choose_series
 from clinfuse.preparation.dicom.volume import read_series
+from clinfuse.preparation.images import check_header
 from clinfuse.preparation.scan import Scan
 
 NIFTI, ITK_FORMATS = (".nii", ".nii.gz"), (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -33,9 +36,6 @@ LEAST_HU = -1024.0
 
 LEAST_EXTENT_MM, MOST_EXTENT_MM = 2.0, 20_000.0
 """A head whose header counts in metres is 0.2 across, and in micrometres 200,000."""
-
-LONGEST_LINE = 500
-"""Characters of a field in a header of NRRD: several times what any has."""
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -193,6 +193,7 @@ def _nifti(path: Path) -> Scan:
 
 def _nifti_content(path: Path) -> tuple[nib.Nifti1Header, Float[np.ndarray, "k j i"]]:
     try:
+        check_texts(path)
         image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):
             raise ValueError(f"expected a NIfTI file, got {type(image).__name__}: {path}")
@@ -202,8 +203,12 @@ def _nifti_content(path: Path) -> tuple[nib.Nifti1Header, Float[np.ndarray, "k j
                 f"complex: {path}"
             )
         shape = _three_dimensional(image.shape, path)
+        each = image.get_data_dtype().itemsize
+        check_room(shape, each, path)
         if path.suffix == ".gz":  # nibabel reads no further than the voxels: not the checksum
-            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
+            stored: Any = image.dataobj
+            whole = unpacked(path, stored.offset + math.prod(shape) * each)
+            image = type(image).from_bytes(whole)
         array = np.asanyarray(image.dataobj).reshape(shape)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error) as error:
         raise ValueError(
@@ -234,26 +239,8 @@ def _check_left_and_right(
         )
 
 
-def _check_nrrd(path: Path) -> None:
-    """Refuse header lines on which ITK's reader of NRRD, in saying what is wrong, ends the process.
-
-    It quotes a field into a buffer of about a thousand characters. Remarks and ``key:=value``,
-    which may be long, it does not quote.
-    """
-    with path.open("rb") as file:
-        while line := file.readline(LONGEST_LINE + 1).rstrip(b"\r\n"):
-            if len(line) >= LONGEST_LINE and not re.match(rb"#|content:|[^:]{1,200}:=", line):
-                raise ValueError(
-                    f"expected fields of less than {LONGEST_LINE} characters in the header, got "
-                    f"a longer one: {path}"
-                )
-            while len(line) >= LONGEST_LINE:
-                line = file.readline(LONGEST_LINE)
-
-
 def _itk(path: Path) -> Scan:
-    if path.suffix.lower() in (".nrrd", ".nhdr"):
-        _check_nrrd(path)
+    check_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -264,7 +251,7 @@ def _itk(path: Path) -> Scan:
                 f"colour: {path}"
             )
         size = reader.GetSize()
-        _three_dimensional(size, path)
+        check_room(_three_dimensional(size, path), 1, path)  # at least
         reader.SetExtractSize([*size[:3], *(0 for _ in size[3:])])
         image = reader.Execute()
     except RuntimeError as error:

@@ -1,5 +1,6 @@
-"""What a run's folder records of it, read once for its cards."""
+"""What a run's folder records of it: its configuration as it was written, and all for its cards."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,42 @@ from typing import Any
 import pandas as pd
 import yaml  # type: ignore[import-untyped]
 
+from clinfuse.reporting.atomic import write_atomically
 from clinfuse.reporting.rows import read_rows, unperturbed
+
+CONFIG, DIGEST = Path(".hydra") / "config.yaml", Path(".hydra") / "config.sha256"
+"""A run's configuration, and what ``sha256sum`` says of it, as ``sha256sum -c`` reads it."""
+
+
+def write_config(folder: Path, text: str) -> None:
+    """Keep a run's configuration with its SHA-256; who is stopped in between leaves none."""
+    (folder / DIGEST).unlink(missing_ok=True)
+    write_atomically(folder / CONFIG, text)
+    write_atomically(folder / DIGEST, f"{sha256_of(text)}  {CONFIG.name}\n")
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a configuration that is not what the run wrote; one without a SHA-256 passes.
+
+    Raises:
+        ValueError: it was damaged or edited.
+    """
+    config, digest = folder / CONFIG, folder / DIGEST
+    try:
+        written, content = digest.read_bytes(), config.read_bytes()
+    except FileNotFoundError:
+        return
+    if written[:64] != sha256_of(content).encode():
+        raise ValueError(
+            f"expected the configuration that the run has written, got one that was damaged or "
+            f"edited since: {config} (the command that began the run puts it back; if it was "
+            f"edited on purpose, remove {digest.name} beside it)"
+        )
+
+
+def sha256_of(content: str | bytes) -> str:
+    """In 64 characters; of a text as UTF-8."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -46,12 +82,13 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: it has no ``cases.csv``.
-            ValueError: a record that cannot be read.
+            ValueError: a record that cannot be read, or a configuration as in ``check_config``.
         """
         folder = Path(folder)
         if not (folder / "cases.csv").is_file():
             raise FileNotFoundError(f"expected a scored run with cases.csv, found none: {folder}")
-        config = _record(folder / ".hydra" / "config.yaml")
+        check_config(folder)
+        config = _record(folder / CONFIG)
         hydra = _record(folder / ".hydra" / "hydra.yaml").get("hydra") or {}
         return cls(
             name=str(config.get("name") or folder.resolve().name),

@@ -436,9 +436,6 @@ def harmed_configurations(c: Campaign, do: Callable[..., str], name: str, times:
             command = once("train", asked, folder.with_suffix(".txt"), environment=trusted)
             is_same = command.status == 0 and are_equal(weights(folder), c.weights)
         judge_harmed(c, fault, command, is_same)
-        if "not what the run was begun with" in command.text:
-            fault.outcome, fault.said = "said, and used", "not what the run was begun with"
-            fault.broken.clear()
         c.add(fault)
 
 

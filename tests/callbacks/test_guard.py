@@ -14,6 +14,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clinfuse.callbacks.guard import NonFiniteGuard, repeated
 from clinfuse.configuration import build_method
@@ -85,9 +86,9 @@ def train(batches, *callbacks, learner=None, **settings):
     """Trains on batches in order; returns the watch and the trainer."""
     watch = Watch()
     trainer = lightning.Trainer(
-        max_epochs=1, logger=False, accelerator="cpu", enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False,
-        callbacks=[*callbacks, EMAWeightAveraging(decay=0.5), watch], **settings,
+        logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[*callbacks, EMAWeightAveraging(decay=0.5), watch],
+        **{"max_epochs": 1, **settings},
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     trainer.fit(Learner() if learner is None else learner, loader)
@@ -113,6 +114,89 @@ def test_nothing_learns_from_a_step_that_is_not_finite(fault, tmp_path):
     assert all(changed(before, after) for before, after in pairwise(unguarded.learned))
     is_ruined = not unguarded.learned[-1]["conv.weight"].isfinite().all()
     assert is_ruined == (fault != "loss")
+
+
+class Readbacks(TorchDispatchMode):
+    """Counts how often a number is brought from where it was computed: ``item``, ``equal``."""
+
+    of = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.of
+        return function(*args, **(kwargs or {}))
+
+
+class Counted(NonFiniteGuard):
+    """What the guard itself reads back in each step, and what it keeps a copy of."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.readbacks, self.copied, self._here = [], [], 0
+
+    def on_train_batch_start(self, *given):
+        with Readbacks() as seen:
+            super().on_train_batch_start(*given)
+        self._here = seen.count
+        self.copied.append(set(self._buffers))
+
+    def on_before_backward(self, *given):
+        with Readbacks() as seen:
+            super().on_before_backward(*given)
+        self._here += seen.count
+
+    def on_before_optimizer_step(self, *given):
+        with Readbacks() as seen:
+            super().on_before_optimizer_step(*given)
+        self.readbacks.append(self._here + seen.count)
+
+
+STATISTICS = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+
+
+class Thawing(Learner):
+    """With a constant buffer, and batch statistics that stand still for an epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(5.0))
+
+    def on_train_epoch_start(self):
+        self.norm.train(self.current_epoch > 0)
+
+
+def test_a_step_costs_one_number_and_copies_of_those_buffers_that_steps_change(tmp_path):
+    guard = Counted(tmp_path)
+    train([batch(case) for case in range(3)], guard, learner=Thawing(), max_epochs=2)
+    all_of_them = STATISTICS | {"table"}
+    assert guard.copied == [all_of_them, set(), set(), all_of_them, STATISTICS, STATISTICS]
+    assert guard.readbacks == [1 + 4, 1, 1, 1 + 4, 1, 1]
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_whichever_step_is_skipped_leaves_all_buffers_as_they_were(step, tmp_path):
+    class Faulty(Thawing):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            return loss * float("nan") if 3 * self.current_epoch + index == step else loss
+
+    class Before(Callback):
+        def on_train_batch_start(self, _trainer, method, _batch, index):
+            if 3 * method.current_epoch + index == step:
+                self.buffers = {name: b.clone() for name, b in method.named_buffers()}
+
+        def on_train_batch_end(self, _trainer, method, _outputs, _batch, index):
+            if 3 * method.current_epoch + index == step:
+                assert changed(self.buffers, dict(method.named_buffers())) == set()
+                self.was_asked = True
+
+    before, guard = Before(), NonFiniteGuard(tmp_path)
+    batches = [batch(case) for case in range(3)]
+    train(batches, guard, before, learner=Faulty(), max_epochs=2)
+    assert guard.skipped == 1 and before.was_asked
 
 
 def test_skipped_steps_are_logged_and_outlive_an_interruption(tmp_path):

@@ -4,6 +4,7 @@ import logging
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,6 +153,37 @@ def test_a_gzip_with_flipped_bits_is_refused(tmp_path, place):
     content[int(place * len(content))] ^= 0xFF
     path.write_bytes(bytes(content))
     refused(path)
+
+
+def claiming(shape, content=b"", **fields):
+    """A NIfTI file whose header claims a shape, whatever follows."""
+    image = nib.Nifti1Image(np.zeros((1, 1, 1), np.int16), AFFINE)
+    image.header.set_data_shape(shape)
+    for name, value in fields.items():
+        image.header[name] = value
+    return bytes(image.header.binaryblock) + bytes(4) + content
+
+
+def test_a_small_file_that_claims_or_unpacks_to_an_enormous_volume_is_refused(tmp_path):
+    huge = (32767, 32767, 32767)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(claiming(huge, vox_offset=352)))
+    refused(tmp_path / "a.nii.gz", "fits into", "32767 x 32767 x 32767 voxels, which take 3.52e+05")
+    with (tmp_path / "b.nii").open("wb") as file:  # as long as it says, and with nothing in it
+        slices = psutil.virtual_memory().total // (10 * 32767**2) + 1
+        file.write(claiming((32767, 32767, slices), vox_offset=352))
+        file.truncate(352 + 2 * 32767**2 * slices)
+    refused(tmp_path / "b.nii", "fits into")
+    packed = gzip.compress(claiming((2, 3, 4), bytes(50_000_000), vox_offset=352))
+    (tmp_path / "c.nii.gz").write_bytes(packed)
+    refused(tmp_path / "c.nii.gz", "expected 400 bytes as the header says")
+    (tmp_path / "d.nii.gz").write_bytes(gzip.compress(claiming((2, 3, 4), vox_offset=1e9)))
+    refused(tmp_path / "d.nii.gz", "expected voxels after at most")
+
+
+def test_what_a_writer_left_behind_the_voxels_is_passed_over(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(nib.Nifti1Image(values(), AFFINE).to_bytes() + bytes(512)))
+    np.testing.assert_array_equal(read_volume(path).array, values().transpose(2, 1, 0))
 
 
 def test_what_is_not_nifti_is_refused(tmp_path):

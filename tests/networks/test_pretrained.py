@@ -1,10 +1,12 @@
 import pickle
+import random
+import zipfile
 
 import pytest
 import torch
 from torch import nn
 
-from clinfuse.networks.pretrained import load_weights, read_weights
+from clinfuse.networks.pretrained import load_weights, read_weights, read_whole
 
 
 def network(features=3):
@@ -135,3 +137,48 @@ def test_another_architecture_is_named_by_what_is_missing_too_much_and_of_anothe
         f"1.running_mean (4,) for (3,) and 1 more: {tmp_path / 'weights.pth'}"
     )
     assert torch.equal(ours[0].weight, before)
+
+
+def test_a_byte_that_changed_is_found_or_of_no_consequence(tmp_path):
+    path, flips = tmp_path / "last.ckpt", random.Random(0)
+    saved = {"weights": torch.randn(300), "names": ["a", "b"], "steps": 7}
+    torch.save(saved, path)
+    content, found = path.read_bytes(), 0
+    for _ in range(300):
+        changed = bytearray(content)
+        changed[flips.randrange(len(content))] ^= 1 << flips.randrange(8)
+        path.write_bytes(changed)
+        try:
+            read = read_whole(path)
+        except Exception:
+            found += 1
+            continue
+        assert torch.equal(read["weights"], saved["weights"])
+        assert read["names"] == saved["names"] and read["steps"] == saved["steps"]
+    assert found > 100  # 1200 of some 2500 bytes are weights
+
+
+def test_weights_in_which_one_bit_is_another_are_refused(tmp_path):
+    """Torch reads them as other weights, and says nothing."""
+    weights = network().state_dict()
+    path = saved(tmp_path / "w.pth", weights)
+    content = path.read_bytes()
+    place = content.index(weights["0.weight"].numpy().tobytes())
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    other = torch.load(path, weights_only=True)["0.weight"]
+    assert not torch.equal(other, weights["0.weight"]) and other.isfinite().all()
+    with pytest.raises(ValueError, match=rf"readable weights, got something else or a .*: {path}"):
+        read_weights(path)
+
+
+def test_records_that_unpack_to_more_than_the_file_are_not_unpacked(tmp_path):
+    path = saved(tmp_path / "w.pth", {"w": torch.zeros(1_000_000)})
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    assert path.stat().st_size < 20_000
+    assert torch.load(path, weights_only=True)["w"].shape == (1_000_000,)  # by torch they are
+    with pytest.raises(ValueError, match=r"its records unpack to 40\d{5} bytes"):
+        read_whole(path)

@@ -1,6 +1,7 @@
 import gzip
 import io
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -118,6 +119,34 @@ def test_an_archive_that_says_more_than_an_honest_one_is_refused_before_it_is_un
     with pytest.raises(ValueError, match=r"in 2 files, got at least .* in 3"):
         unpack(zipped(tmp_path / "d.zip", dict.fromkeys("abc", b"")), tmp_path / "out")
     assert all(path.is_file() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", archives._TEXTS)
+def test_a_name_that_would_fill_the_memory_is_refused_before_it_is_read(kind, tmp_path):
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 100_000_000
+    content = header.tobuf(tarfile.GNU_FORMAT) + bytes(header.size)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(content, 1))
+    del content
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"got ValueError: names and notes of 100000000 bytes"):
+            unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def test_names_count_as_what_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "ALWAYS_BYTES", 1_000_000)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        for number in range(20):
+            member = tarfile.TarInfo(f"{number}")
+            member.pax_headers = {"comment": "x" * 100_000}
+            archive.addfile(member)
+    with pytest.raises(ValueError, match=r"at most 1000000 bytes in .*, got at least \d+ in 10: "):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out")
 
 
 def test_a_locked_archive_is_refused_in_a_sentence(tmp_path):

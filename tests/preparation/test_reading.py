@@ -1,4 +1,5 @@
 import gzip
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -9,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from clinfuse.data.phantoms import make_phantom, ras_affine
 from clinfuse.preparation.affines import affine_of
+from clinfuse.preparation.images import read_image
 from clinfuse.preparation.reading import check_not_swapped, looks_like_ct, mixed_up, read_scan
 from clinfuse.preparation.scan import Scan
 
@@ -243,6 +245,58 @@ def test_a_truncated_file_is_refused(tmp_path, small, ending, kept):
     with pytest.raises(ValueError, match=r"^expected .*got .*scan") as error:
         read_scan(path)
     assert "\n" not in str(error.value)
+
+
+def claiming(shape, ending, content=b""):
+    """A file whose header claims a shape, whatever follows."""
+    if ending == ".nii.gz":
+        image = nib.Nifti1Image(np.zeros((1, 1, 1), np.int16), np.eye(4))
+        image.header.set_data_shape(shape)
+        image.header["vox_offset"] = 352
+        return gzip.compress(bytes(image.header.binaryblock) + bytes(4) + content)
+    sizes = " ".join(map(str, shape))
+    if ending == ".mha":
+        fields = {
+            "ObjectType": "Image", "NDims": "3", "BinaryData": "True", "CompressedData": "True",
+            "ElementSpacing": "1 1 1", "DimSize": sizes, "ElementType": "MET_SHORT",
+            "ElementDataFile": "LOCAL",
+        }  # fmt: skip
+        return "".join(f"{k} = {v}\n" for k, v in fields.items()).encode() + zlib.compress(content)
+    header = f"NRRD0004\ntype: short\ndimension: 3\nsizes: {sizes}\nspacings: 1 1 1\n"
+    return f"{header}endian: little\nencoding: gzip\n\n".encode() + gzip.compress(content)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+def test_a_small_file_that_claims_an_enormous_volume_is_refused(tmp_path, ending):
+    path = tmp_path / f"scan{ending}"
+    path.write_bytes(claiming((4, 5, 6), ending, bytes(240)))
+    assert read_scan(path).image.GetSize() == (4, 5, 6)  # as an honest one is not
+    path.write_bytes(claiming((32767, 32767, 32767), ending))
+    with pytest.raises(ValueError, match=f"32767 x 32767 x 32767 voxels, which take .*: {path}"):
+        read_scan(path)
+    with pytest.raises(ValueError, match=f"expected a volume that fits into .*: {path}"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["NDims = 100", "NDims : -1", "NDims = 1e3", "NDims =\n100", f"NDims = 3\nName = {'x' * 300}"],
+)
+def test_a_metaimage_that_would_end_the_process_is_refused(fields, tmp_path):
+    """Each of them does end it, in ITK 5.4."""
+    path = tmp_path / "scan.mha"
+    honest = claiming((4, 5, 6), ".mha", bytes(240))
+    path.write_bytes(honest.replace(b"NDims = 3", fields.encode(), 1))
+    for read in (read_scan, read_image):
+        with pytest.raises(ValueError, match=f"expected (NDims|a header of) .*: {path}"):
+            read(path)
+
+
+def test_a_nifti_that_unpacks_to_more_than_it_says_is_refused(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(claiming((4, 5, 6), ".nii.gz", bytes(50_000_000)))
+    with pytest.raises(ValueError, match=f"expected 592 bytes as the header says.*: {path}"):
+        read_scan(path)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])

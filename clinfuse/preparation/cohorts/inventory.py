@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import SimpleITK as sitk
 
+from clinfuse.preparation import images
 from clinfuse.preparation.scan import CaseFiles
 
 log = logging.getLogger(__name__)
@@ -148,10 +149,10 @@ def read_image(path: Path) -> sitk.Image:
     """An image file, as SimpleITK has it.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or there is no memory for it.
     """
     try:
-        return sitk.ReadImage(path)
+        return images.read_image(path)
     except RuntimeError as error:
         raise ValueError(f"expected an image, got something unreadable: {path}") from error
 

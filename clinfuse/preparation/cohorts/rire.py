@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from clinfuse.functional.claims import check_room
 from clinfuse.preparation.cohorts.inventory import (
     check_contrast,
     collect,
@@ -99,7 +100,8 @@ def write_metaimage(folder: Path, to: Path) -> Path:
     """
     header = _header(folder / "header.ascii")
     columns, rows, slices = (int(header[name]) for name in ("Columns", "Rows", "Slices"))
-    voxels = _voxels(folder)
+    check_room((columns, rows, slices), 2, folder / "header.ascii")
+    voxels = _voxels(folder, 2 * columns * rows * slices)
     if len(voxels) != 2 * columns * rows * slices:
         raise ValueError(
             f"expected {columns} x {rows} x {slices} voxels of 2 bytes, got {len(voxels)} bytes: "
@@ -182,7 +184,8 @@ def _numbers(value: str) -> list[float]:
     return [float(number) for number in value.split(":")]
 
 
-def _voxels(folder: Path) -> bytes:
+def _voxels(folder: Path, claimed: int) -> bytes:
+    """What is stored; of more than the header claims only so much that it can be seen."""
     plain, packed = folder / "image.bin", folder / "image.bin.Z"
     if plain.is_file():
         return plain.read_bytes()
@@ -191,7 +194,14 @@ def _voxels(folder: Path) -> bytes:
     gzip = shutil.which("gzip")
     if gzip is None:
         raise FileNotFoundError(f"expected the program gzip to unpack {packed}, found none")
-    done = subprocess.run([gzip, "-dc", packed], capture_output=True)
-    if done.returncode != 0:
-        raise ValueError(f"expected a file of compress, got {done.stderr.decode()!r}: {packed}")
-    return done.stdout
+    command = [gzip, "-dc", str(packed)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        content = running.stdout.read(claimed + 1)
+        if len(content) > claimed:
+            running.kill()
+            return content
+        said = running.stderr.read()
+    if running.returncode != 0:
+        raise ValueError(f"expected a file of compress, got {said.decode()!r}: {packed}")
+    return content

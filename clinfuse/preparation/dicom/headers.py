@@ -1,6 +1,7 @@
 """The series that a folder or a file holds, by what the headers of the files say."""
 
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 import pydicom
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.misc import is_dicom
-from pydicom.uid import MediaStorageDirectoryStorage
+from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from clinfuse.preparation.dicom.sentences import one_line
 from clinfuse.preparation.dicom.series import Series
 from clinfuse.preparation.dicom.stack import Frame, Vector
+
+MOST_INFLATED, MOST_FRAMES = 1 << 30, 100_000
+"""Bytes that a deflated file may unpack to, and frames of one: far more than any has."""
 
 
 def list_series(folder: Path) -> list[Series]:
@@ -50,8 +54,9 @@ def read_file(path: Path, stop_before_pixels: bool = False) -> FileDataset:
     """All that a DICOM file says, its pixels still as they are stored.
 
     Raises:
-        ValueError: the file is truncated or corrupt.
+        ValueError: the file is truncated or corrupt, or unpacks to more than ``MOST_INFLATED``.
     """
+    _check_deflated(path)
     try:
         with warnings.catch_warnings(action="ignore"):
             return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
@@ -60,6 +65,24 @@ def read_file(path: Path, stop_before_pixels: bool = False) -> FileDataset:
             f"expected a DICOM file, got a truncated or corrupt one ({type(error).__name__}): "
             f"{path}"
         ) from error
+
+
+def _check_deflated(path: Path) -> None:
+    """Refuse a file that is packed as a whole and small, and would fill the memory."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+        if DeflatedExplicitVRLittleEndian.encode() not in start or len(start) < 144:
+            return
+        file.seek(144 + int.from_bytes(start[140:144], "little"))  # behind what is never packed
+        packed = file.read()
+    try:
+        inflated = len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, MOST_INFLATED + 1))
+    except zlib.error:  # as pydicom will say
+        return
+    if inflated > MOST_INFLATED:
+        raise ValueError(
+            f"expected a DICOM file that unpacks to at most {MOST_INFLATED} bytes, got more: {path}"
+        )
 
 
 def _series_of(paths: Iterator[Path] | Sequence[Path]) -> list[Series]:
@@ -127,7 +150,10 @@ def _header(path: Path) -> FileDataset | None:
 
 
 def _frames(header: Dataset, path: Path) -> Iterator[Frame]:
-    for index in range(int(header.get("NumberOfFrames") or 1)):
+    count = int(header.get("NumberOfFrames") or 1)
+    if count > MOST_FRAMES:
+        raise ValueError(f"expected at most {MOST_FRAMES} frames, got {count}: {path}")
+    for index in range(count):
         pixels = _macro(header, index, "PixelMeasuresSequence").get("PixelSpacing")
         scale = _macro(header, index, "PixelValueTransformationSequence")
         plane = _macro(header, index, "PlaneOrientationSequence")

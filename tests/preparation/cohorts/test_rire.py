@@ -1,3 +1,4 @@
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,13 @@ def test_an_image_that_is_not_what_its_header_says_is_refused(tmp_path, damage, 
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         write_metaimage(folder, tmp_path / "ct.mha")
     assert not (tmp_path / "ct.mha").exists()
+
+
+def test_what_unpacks_to_more_than_its_header_says_is_not_unpacked_any_further(tmp_path):
+    folder = draw(tmp_path / "ct", packed=True)
+    (folder / "image.bin.Z").write_bytes(gzip.compress(bytes(50_000_000)))  # gzip reads it as well
+    with pytest.raises(ValueError, match=r"voxels of 2 bytes, got 61 bytes"):
+        write_metaimage(folder, tmp_path / "ct.mha")
 
 
 def test_a_broken_archive_is_refused(tmp_path):

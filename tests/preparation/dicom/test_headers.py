@@ -5,6 +5,7 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.uid import generate_uid
 
+from clinfuse.preparation.dicom import headers
 from clinfuse.preparation.dicom.headers import list_series, series_of_file
 
 
@@ -45,6 +46,29 @@ def test_a_multi_frame_file_counts_its_frames(dicom, tmp_path):
     assert (len(series.files), series.n_slices) == (1, 8)
     assert series.spacing_mm == pytest.approx((0.9, 0.9, 5.0))
     assert series_of_file(series.files[0])[0].frames == series.frames
+
+
+def test_a_deflated_file_that_would_fill_the_memory_is_refused(dicom, tmp_path, monkeypatch):
+    dicom.write(tmp_path, dicom.hounsfield(), dicom.affine())
+    for path in sorted(tmp_path.iterdir()):
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        dataset.save_as(path, enforce_file_format=True)
+    assert list_series(tmp_path)[0].n_slices == 8  # an honest one is read
+    dataset.add_new((0x0029, 0x0010), "LO", "zeros")
+    dataset.add_new((0x0029, 0x1000), "OB", bytes(20_000_000))
+    dataset.save_as(path, enforce_file_format=True)
+    assert path.stat().st_size < 50_000
+    monkeypatch.setattr(headers, "MOST_INFLATED", 10_000_000)
+    with pytest.raises(ValueError, match=f"unpacks to at most 10000000 bytes, got more: {path}"):
+        list_series(tmp_path)
+
+
+def test_more_frames_than_any_image_has_are_refused_before_they_are_counted(dicom, tmp_path):
+    changes = {"NumberOfFrames": 2_000_000_000}
+    dicom.write(tmp_path, dicom.hounsfield(), dicom.affine(), multi_frame=True, changes=changes)
+    with pytest.raises(ValueError, match="expected at most 100000 frames, got 2000000000: "):
+        list_series(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR")
