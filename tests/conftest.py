@@ -180,6 +180,16 @@ class CommandLine:
         status = int(self._warm.stdout.readline())
         return CompletedProcess([module, *arguments], status, *(p.read_text() for p in said))
 
+    def cold(self, module: str, *arguments: str, **environment: str) -> CompletedProcess[str]:
+        """The same in an interpreter of its own, from its first import on."""
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=CHECKOUT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+
     def end(self) -> None:
         if "_warm" in vars(self):
             self._warm.communicate()

@@ -14,7 +14,7 @@ def alone(entry_point, tmp_path):
 
     def run(module, *arguments, **environment):
         heard.touch()
-        done = entry_point(
+        done = entry_point.cold(
             module, *arguments, PYTHONPATH=str(OFFLINE), CLINFUSE_TALKED_TO=str(heard),
             no_proxy="*", **environment,
         )  # fmt: skip

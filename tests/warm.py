@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import sys
+import threading
 import traceback
 
 IMPORTED = (
@@ -56,6 +57,7 @@ def run(
     except BaseException:
         traceback.print_exc()
     finally:
+        threading._shutdown()  # the two that the interpreter calls when it ends, in their order
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
