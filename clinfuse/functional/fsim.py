@@ -90,14 +90,33 @@ def _sums(slices: Tensor, others: Sequence[tuple[Tensor, Tensor]], scale: float)
     if not seen:
         return found
     levels = _reduced(torch.cat([slices, *(others[n][0] for n in seen)], 1) * scale + 127.5)
-    congruency, gradient = phase_congruency(levels), gradient_magnitude(levels)
-    for channel, n in enumerate(seen, 1):
+    masks = torch.cat([_reduced(others[n][1]) for n in seen], 1)
+    congruency = phase_congruency(levels)
+    if _is_compiled(levels):
+        each = zip(levels, congruency, masks, strict=True)
+        parts = [fsim_cpu.similarity_sums(*of_slice, (T_1, T_2)) for of_slice in each]
+        found[seen] = torch.stack(parts, -1).to(found)
+    else:
+        found[seen] = _similarity_sums(levels, congruency, masks)
+    return found
+
+
+def _similarity_sums(levels: Tensor, congruency: Tensor, masks: Tensor) -> Tensor:
+    """``_sums`` from the features of the images, the first of which is compared."""
+    gradient = gradient_magnitude(levels)
+    sums = []
+    for channel in range(1, levels.shape[1]):
         own_and_theirs = [0, channel]
         congruencies = congruency[:, own_and_theirs]
         similarity = _ratio(congruencies, T_1) * _ratio(gradient[:, own_and_theirs], T_2)
-        weight = torch.where(_reduced(others[n][1]), congruencies.amax(1, keepdim=True), 0)
-        found[n] = torch.stack([weight * similarity, weight]).flatten(2).sum(2)
-    return found
+        mask = masks[:, channel - 1 : channel]
+        weight = torch.where(mask, congruencies.amax(1, keepdim=True), 0)
+        sums.append(torch.stack([weight * similarity, weight]).flatten(2).sum(2))
+    return torch.stack(sums)
+
+
+def _is_compiled(slices: Tensor) -> bool:
+    return slices.device.type == "cpu" and slices.dtype == torch.float32
 
 
 def _reduced(slices: Tensor) -> Tensor:
@@ -137,7 +156,7 @@ def phase_congruency(slices: Float[Tensor, "s c h w"]) -> Float[Tensor, "s c h w
         slices: images on 0..255.
     """
     mean = slices.mean((-2, -1), keepdim=True)  # no filter sees it; without it flat is exactly 0
-    if slices.device.type == "cpu" and slices.dtype == torch.float32:
+    if _is_compiled(slices):
         filters = _single_filters(*slices.shape[-2:])
         pictures = (slices - mean).flatten(0, 1)
         return fsim_cpu.phase_congruency(pictures, *filters, EPSILON).view_as(slices)

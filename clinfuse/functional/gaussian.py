@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 TRUNCATE = 3.5
@@ -53,11 +53,22 @@ def _along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
 @lru_cache(maxsize=64)
 def window_matrix(size: int, sigma: float) -> Float64[np.ndarray, "size size"]:
     """Row i holds the weights of the voxels that make voxel i, mirrored taps folded in."""
-    radius = int(TRUNCATE * sigma + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    taps = np.exp(-0.5 * (offsets / sigma) ** 2)
-    source = (np.arange(size)[:, None] + offsets) % (2 * size)
-    mirrored = np.where(source < size, source, 2 * size - 1 - source)
+    taps = window_taps(sigma)
+    places = np.arange(size)[:, None]
+    seen = mirrored(places + np.arange(len(taps)) - len(taps) // 2, size)
     matrix = np.zeros((size, size))
-    np.add.at(matrix, (np.arange(size)[:, None], mirrored), taps / taps.sum())
+    np.add.at(matrix, (places, seen), taps)
     return matrix
+
+
+def window_taps(sigma: float) -> Float64[np.ndarray, " taps"]:
+    """Weights of a window of unit sum, whose middle is the voxel itself."""
+    radius = int(TRUNCATE * sigma + 0.5)
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return taps / taps.sum()
+
+
+def mirrored(places: Int[np.ndarray, "*shape"], size: int) -> Int[np.ndarray, "*shape"]:
+    """Places along an axis, also beyond its ends: those within that are seen there in a mirror."""
+    source = places % (2 * size)
+    return np.where(source < size, source, 2 * size - 1 - source)

@@ -1,5 +1,6 @@
 """Peak signal-to-noise ratio over a region."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -36,8 +37,8 @@ def _mean_square(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     def sums(index: int) -> Tensor:
         inside = mask[:, 0, index]
         square = torch.where(inside, (a[:, 0, index] - b[:, 0, index]) ** 2, 0)
-        both = torch.stack([square.double(), inside.double()])
-        return both.reshape(2, len(mask), -1).sum(2)
+        return square.flatten(1).sum(1).double()
 
-    total, count = torch.stack(on_every_core(sums, range(mask.shape[2]))).sum(0)
+    total = torch.stack(on_every_core(sums, range(mask.shape[2]))).sum(0)
+    count = torch.tensor([np.count_nonzero(of_case.numpy()) for of_case in mask])
     return (total / count).to(a.dtype)  # NaN where there is no voxel

@@ -19,10 +19,12 @@ def regional_mean(
 
 def bounding_box(mask: Bool[Tensor, "*dhw"]) -> tuple[slice, ...]:
     """The smallest box that holds all of the mask; a box without voxels where it is empty."""
+    if not mask.numel():
+        return (slice(0, 0),) * mask.ndim
     box = []
-    for axis in range(mask.ndim):
-        lines = mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(1).nonzero()
-        start, stop = (int(lines[0]), int(lines[-1]) + 1) if len(lines) else (0, 0)
-        box.append(slice(start, stop))
-        mask = mask.narrow(axis, start, stop - start)
+    seen = mask.view(torch.uint8)  # whose largest is found by vector instructions; any() is not
+    for _ in range(mask.ndim):
+        places = seen.flatten(1).amax(1).nonzero() if seen.ndim > 1 else seen.nonzero()
+        box.append(slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0))
+        seen = seen.amax(0)
     return tuple(box)

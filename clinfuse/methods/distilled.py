@@ -28,6 +28,7 @@ from clinfuse.methods.roi_diffusion import (
     member_noise,
     members_of,
 )
+from clinfuse.networks.kept_memory import freed_memory_kept
 from clinfuse.networks.registered_blend import Anchor
 from clinfuse.types import Denoiser, FusionBatch
 
@@ -115,6 +116,7 @@ class DistilledFusion(FusionMethod):
         self.teacher.load_state_dict({n: w for n, w in teacher.state_dict().items() if n in own})
         self.network.load_state_dict(teacher.network.state_dict())
 
+    @freed_memory_kept()
     def fuse(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
         """The predictive mean: the anchor's, moved as the guidance would."""
         with torch.no_grad():
@@ -125,11 +127,13 @@ class DistilledFusion(FusionMethod):
         """The masks, the CT's own moved with it by the anchor."""
         return self.teacher.registered_roi(batch)
 
+    @freed_memory_kept()
     def ensemble(self, batch: FusionBatch) -> Float[Tensor, "k b 1 *dhw"]:
         """``members`` samples of F; their mean is what ``fuse`` returns."""
         with torch.no_grad():
             return self._sample(batch, self.teacher.anchor(batch))
 
+    @freed_memory_kept()
     def model_draws(self, batch: FusionBatch) -> Float[Tensor, "m k b 1 *dhw"]:
         """``ensemble``, then the same from each further anchor of the teacher's."""
         anchors = (self.teacher.anchor, *self.teacher.other_anchors)
@@ -154,9 +158,11 @@ class DistilledFusion(FusionMethod):
         return pulled + anchor.scale * rest
 
     def _sample(self, batch: FusionBatch, anchor: Anchor) -> Tensor:
+        shift = self.shift(batch, anchor)  # before there are members, whose memory it would add to
         x_T = member_noise(batch, anchor, self.members, self.seed)
         spread = ddim(self._denoiser(anchor, self.members), x_T, self._levels(self.steps))
-        return members_of(anchor, spread, self.members) + self.shift(batch, anchor)
+        del x_T
+        return members_of(anchor, spread, self.members).add_(shift)
 
     def _levels(self, steps: int) -> Tensor:
         return self.teacher.levels(self.teacher.alpha_bars, steps)

@@ -68,12 +68,7 @@ class Calibration:
         roi: Bool[Tensor, "b r *dhw"],
     ) -> Float[Tensor, "b 1 *dhw"]:
         """The calibrated standard deviation of the predictive mean's error; as ``interval``."""
-        region, stated = region_map(roi, fused), spread + FLOOR
-        std = torch.empty_like(stated)
-        for index, name in enumerate(REGIONS):
-            here = region == index
-            std[here] = on_curve(stated[here], stated.new_tensor(self.curve[name]))
-        return std
+        return self._std(spread, region_map(roi, fused))
 
     def interval(
         self,
@@ -88,9 +83,27 @@ class Calibration:
             spread: ensemble standard deviation.
             roi: masks as the method places them; with ``fused`` they decide the region.
         """
-        quantile = fused.new_tensor([self.quantile[region] for region in REGIONS])
-        half = self.std(fused, spread, roi) * quantile[region_map(roi, fused)]
-        return (fused - half).clamp(-1, 1), (fused + half).clamp(-1, 1)
+        return self.std_and_interval(fused, spread, roi)[1:]
+
+    def std_and_interval(
+        self,
+        fused: Float[Tensor, "b 1 *dhw"],
+        spread: Float[Tensor, "b 1 *dhw"],
+        roi: Bool[Tensor, "b r *dhw"],
+    ) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"]]:
+        """``std``, and both bounds of ``interval``."""
+        region = region_map(roi, fused)
+        std = self._std(spread, region)
+        half = std * fused.new_tensor([self.quantile[name] for name in REGIONS])[region]
+        return std, (fused - half).clamp(-1, 1), (fused + half).clamp(-1, 1)
+
+    def _std(self, spread: Tensor, region: Tensor) -> Tensor:
+        stated = spread + FLOOR
+        std = torch.empty_like(stated)
+        for index, name in enumerate(REGIONS):
+            here = region == index
+            std[here] = on_curve(stated[here], stated.new_tensor(self.curve[name]))
+        return std
 
     def probability(self, probability: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
         """The calibrated lesion probability."""

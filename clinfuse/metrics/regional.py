@@ -15,6 +15,9 @@ from clinfuse.types import DATA_RANGE
 LESION_THRESHOLD = 0.5
 """A voxel is predicted lesion above this probability."""
 
+BLACK = -DATA_RANGE / 2
+"""Value of model space without luminance, for SSIM: see ``brightness``."""
+
 
 def brightness(volume: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
     """Model space [-1, 1] moved to [0, 2], as SSIM wants it.
@@ -23,7 +26,7 @@ def brightness(volume: Float[Tensor, "b 1 *dhw"]) -> Float[Tensor, "b 1 *dhw"]:
     which is not negative. With means of opposite sign it is negative too, and an inverted contrast,
     whose structure is negative as well, would score as similar.
     """
-    return volume + DATA_RANGE / 2
+    return volume - BLACK
 
 
 class CaseMean(Metric):
@@ -83,8 +86,7 @@ class RegionalSSIM(CaseMean):
         mask: Bool[Tensor, "b 1 *dhw"],
         spacing_mm: SpacingMm,
     ) -> None:
-        shown, aim = brightness(fused), brightness(target)
-        self.add(ssim(shown, aim, mask, spacing_mm, self.sigma_mm, DATA_RANGE))
+        self.add(ssim(fused, target, mask, spacing_mm, self.sigma_mm, DATA_RANGE, BLACK))
 
 
 class RegionalFSIM(CaseMean):

@@ -127,9 +127,9 @@ def _calibrated(
     def of_part(start: int) -> tuple[Tensor, Tensor, Tensor]:
         part = slice(start, start + VOXELS_A_PART)
         given = fused[None, None, part], spread[None, None, part], placed[None, :, part]
-        low, high = (bound[0, 0] for bound in calibration.interval(*given))
+        std, low, high = (found[0, 0] for found in calibration.std_and_interval(*given))
         is_covered = (low <= reference[part]) & (reference[part] <= high)
-        return calibration.std(*given)[0, 0], is_covered, high - low
+        return std, is_covered, high - low
 
     parts = on_every_core(of_part, range(0, max(len(fused), 1), VOXELS_A_PART))
     std, is_covered, width = (torch.cat(column) for column in zip(*parts, strict=True))

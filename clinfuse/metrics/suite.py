@@ -1,5 +1,6 @@
 """Every metric of the evaluation protocol for every case: the rows that all tables are made of."""
 
+from functools import partial
 from statistics import median
 
 import torch
@@ -14,7 +15,7 @@ from clinfuse.functional.ssim import ssim
 from clinfuse.functional.surface import surface_agreement
 from clinfuse.metrics.calibration import AIR, Calibration
 from clinfuse.metrics.fusion import fusion_metrics
-from clinfuse.metrics.regional import LESION_THRESHOLD, brightness
+from clinfuse.metrics.regional import BLACK, LESION_THRESHOLD
 from clinfuse.metrics.spread import spread_scores
 from clinfuse.types import FusionBatch
 
@@ -65,7 +66,7 @@ def case_metrics(
             method that diverges would be scored on its other cases alone.
     """
     for case_id, volume in zip(batch.case_id, fused, strict=True):
-        if not volume.isfinite().all():
+        if not all(bound.isfinite() for bound in volume.aminmax()):  # which a NaN would be
             raise ValueError(f"expected a finite fused volume, got NaN or inf in {case_id}")
     with torch.no_grad(), torch.autocast(fused.device.type, enabled=False):
         fused = fused.float()
@@ -87,17 +88,17 @@ def case_metrics(
 def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list[float]]:
     mri, ct, roi = batch.truth()
     brain, bone = roi[:, 0:1], roi[:, 1:2]
-    bright, spacing_mm = brightness(fused), batch.spacing_mm
+    shown = partial(ssim, fused, spacing_mm=batch.spacing_mm, black=BLACK)
     aims = [(mri, brain)]
     if batch.reference is not None:
         whole = torch.ones_like(brain)
         aims.append((batch.reference, whole))
     alike = fsim_to_each(fused, aims)
     columns = {
-        ("brain", "ssim"): ssim(bright, brightness(mri), brain, spacing_mm),
+        ("brain", "ssim"): shown(mri, brain),
         ("brain", "fsim"): alike[0],
         ("bone", "psnr"): psnr(fused, ct, bone),
-        ("bone", "ssim"): ssim(bright, brightness(ct), bone, spacing_mm),
+        ("bone", "ssim"): shown(ct, bone),
     }
     if batch.reference is None:
         unknown = torch.full((len(batch),), torch.nan)
@@ -105,7 +106,7 @@ def _similarity(fused: Tensor, batch: FusionBatch) -> dict[tuple[str, str], list
     else:
         columns |= {
             ("whole", "psnr"): psnr(fused, batch.reference, whole),
-            ("whole", "ssim"): ssim(bright, brightness(batch.reference), whole, spacing_mm),
+            ("whole", "ssim"): shown(batch.reference, whole),
             ("whole", "fsim"): alike[1],
         }
     return _as_lists(columns)

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clinfuse.functional.haar import haar_dwt, haar_idwt
+from clinfuse.networks.lean_unet import CHANNELS_LAST, evaluated, is_lean, laid_out
 from clinfuse.networks.precision import convolved, with_safe_convolutions
 from clinfuse.networks.windows import Windowed, part_of, with_local_norms
 
 BYTES_PER_FEATURE = 90.0
 """That an evaluation takes at its most for each voxel of the network's grid and each feature of the
 finest level, in single precision (experiments/performance/memory.py)."""
-
-CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 DETAIL_GAIN = 4.0
 """What detail coefficients of known volumes are multiplied by, to stand level with the rest."""
@@ -39,6 +38,12 @@ class Condition:
     past: Float[Tensor, "b o *dhw"]
     context: Float[Tensor, "b tokens k"] | None
     shape: tuple[int, ...]
+
+    def of_study(self, number: int) -> "Condition":
+        """One study's alone."""
+        one = slice(number, number + 1)
+        context = None if self.context is None else self.context[one]
+        return Condition(self.stem[one], self.past[one], context, self.shape)
 
 
 class Stem(nn.Module):
@@ -209,10 +214,11 @@ class FusionUNet(Windowed):
         known: Float[Tensor, "b k *dhw"] | None = None,
     ) -> Float[Tensor, "b c *half"]:
         """All that is known, in the network's own space, padded; arguments as of ``encode``."""
-        mri_coefficients, ct_coefficients = self._levelled(mri), self._levelled(ct)
-        parts = [mri_coefficients, ct_coefficients, self._levelled(roi)]
-        if known is not None:
-            parts.append(self._levelled(known))
+        volumes = [mri, ct, roi, *([] if known is None else [known])]
+        parts = [self._levelled(volume) for volume in volumes]
+        if is_lean(self.unet, mri):
+            parts = [laid_out(part) for part in parts]
+        mri_coefficients, ct_coefficients = parts[:2]
         if self.encode_mri is not None and self.encode_ct is not None:
             parts += [self.encode_mri(mri_coefficients), self.encode_ct(ct_coefficients)]
         return torch.cat(parts, 1)
@@ -231,6 +237,8 @@ class FusionUNet(Windowed):
             condition: from ``encode``.
             alpha_bar_t: signal power kept; None stands for a clean state.
         """
+        if is_lean(self.unet, condition.stem):
+            return self._sampled(state, condition, alpha_bar_t)
         stem, context = condition.stem, condition.context
         coefficients = None if state is None else self._analyse(state)
         size = len(stem) if state is None else len(state)
@@ -254,6 +262,38 @@ class FusionUNet(Windowed):
         if self.haar:
             out = haar_idwt(out if self.state_channels else self._unlevelled(out))
         return crop(out, condition.shape)
+
+    def _sampled(
+        self, state: Tensor | None, condition: Condition, alpha_bar_t: Tensor | None
+    ) -> Tensor:
+        """``forward`` of one member after the other, each in ``lean_unet``'s few passes."""
+        studies = len(condition.stem)
+        size = studies if state is None else len(state)
+        if alpha_bar_t is None:
+            alpha_bar_t = condition.stem.new_ones(size)
+        angles = noise_angle(alpha_bar_t.float()).split(1)
+        outs = []
+        for number, angle in enumerate(angles):
+            known = condition.of_study(number * studies // size)
+            of_one = None if state is None else state[number : number + 1]
+            outs.append(self._sample(of_one, known, angle))
+        return torch.cat(outs)
+
+    def _sample(self, state: Tensor | None, known: Condition, angle: Tensor) -> Tensor:
+        coefficients = None if state is None else laid_out(self._analyse(state))
+
+        def evaluate(window: tuple[slice, ...]) -> Tensor:
+            x = part_of(known.stem, window)
+            if coefficients is not None:
+                stem = cast(Stem, self.unet.conv_in)
+                x = stem.of_state(part_of(coefficients, window)).add_(x)
+            return evaluated(self.unet, laid_out(x), angle)
+
+        out = self.answer(evaluate, known.stem.shape[2:], self.context_stride, 1)
+        out = out + known.past
+        if self.haar:
+            out = haar_idwt(out if self.state_channels else self._unlevelled(out))
+        return crop(out, known.shape)
 
     def _analyse(self, volume: Tensor) -> Tensor:
         padded = pad_to_multiple(volume, self.multiple)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import torch
 from einops import rearrange
@@ -15,11 +15,15 @@ from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.functional.warp import rigid_displacement, rigid_matrix, warp
 from clinfuse.networks.fusion_unet import crop, pad_to_multiple
+from clinfuse.networks.lean_unet import is_sampling, laid_out
 from clinfuse.networks.precision import with_safe_convolutions
 from clinfuse.networks.windows import Windowed, part_of, with_local_norms
 
 LARGEST_SPLINE = 2**26
 """Samples of a spline made at once: 256 MiB."""
+
+LARGEST_SLAB = 2**24
+"""Voxels of a volume that are moved, or compared, at once: up to forty numbers each."""
 
 SPLINE_REACH = 12
 """Voxels beyond which a cubic spline through others is the same to 1e-6."""
@@ -129,8 +133,9 @@ class SynthesisRegistration(Windowed):
 
         def bands(window: tuple[slice, ...]) -> Tensor:
             place = tuple(slice(2 * part.start, 2 * part.stop) for part in window)
-            guessed: Tensor = self.network(haar_dwt(part_of(images, place))).float()
-            return guessed
+            known = haar_dwt(part_of(images, place))
+            guessed: Tensor = self.network(laid_out(known) if is_sampling(self, mri) else known)
+            return guessed.float()
 
         out = haar_idwt(self.answer(bands, grid, 16, len(images)))
         guess, log_scale = crop(out, mri.shape[2:]).split(1, 1)
@@ -170,21 +175,44 @@ def gauss_newton(
         smooth = gaussian_smooth(torch.cat([fixed, moving], 1), sigma)
         level, level_mm = _halved(torch.cat([smooth, scale], 1), spacing_mm, sigma_mm)
         smooth_fixed, smooth_moving, level_scale = level.split(1, 1)
-        positions = _positions(level.shape[2:], level_mm)
         for _ in range(count):
             moved = move(smooth_moving, motion, level_mm)
-            residual = (smooth_fixed - moved)[:, 0]
-            slope = gradient_per_mm(moved, level_mm)
-            weight = 1 / (level_scale[:, 0].square() + residual.square())
-            columns = torch.cat([slope, _turning(positions, slope) / lever_mm], 1).flatten(2)
-            weighted = columns * weight.flatten(1)[:, None]
-            normal = weighted @ columns.mT
-            right = (weighted @ residual.flatten(1)[..., None])[..., 0]
+            normal, right = _normal_equations(
+                moved, smooth_fixed - moved, level_scale, level_mm, lever_mm
+            )
             pull = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1) / prior_mm**2 + 1e-6
             prior = pull[:, None, None] * torch.eye(normal.shape[-1], device=normal.device)
             xi = torch.linalg.solve(normal + prior, right)
             motion = motion @ rigid_matrix(xi[:, n:] / lever_mm, xi[:, :n])
     return motion
+
+
+def _normal_equations(
+    moved: Tensor, residual: Tensor, scale: Tensor, spacing_mm: Tensor, lever_mm: float
+) -> tuple[Tensor, Tensor]:
+    """Both sides of the equations of a Gauss-Newton step, summed over slabs of the first axis.
+
+    A voxel has some thirty numbers on the way: a large volume's at once would be most of what
+    fusing it takes.
+    """
+    sizes = moved.shape[2:]
+    axes = _axes_mm(sizes, spacing_mm)
+    count = min(-(-moved[0].numel() // LARGEST_SLAB), sizes[0])
+    edges = [round(i * sizes[0] / count) for i in range(count + 1)]
+    sums = []
+    for start, stop in pairwise(edges):
+        low, high = max(start - 1, 0), min(stop + 1, sizes[0])
+        slope = gradient_per_mm(moved[:, :, low:high], spacing_mm)[:, :, start - low :]
+        slope = slope[:, :, : stop - start]
+        rows = [axis[:, start:stop] if i == 0 else axis for i, axis in enumerate(axes)]
+        error = residual[:, 0, start:stop]
+        weight = 1 / (scale[:, 0, start:stop].square() + error.square())
+        columns = torch.cat([slope, _turning(_grid(rows), slope) / lever_mm], 1).flatten(2)
+        weighted = columns * weight.flatten(1)[:, None]
+        right = (weighted @ error.flatten(1)[..., None])[..., 0]
+        sums.append((weighted @ columns.mT, right))
+    normals, rights = zip(*sums, strict=True)
+    return sum(normals[1:], normals[0]), sum(rights[1:], rights[0])
 
 
 def move(
@@ -195,19 +223,20 @@ def move(
 ) -> Float[Tensor, "b c *dhw"]:
     """The volume seen through a rigid motion A in mm: out(p) = volume(A p), in full precision.
 
-    ``refine`` as in ``functional.warp.warp``. A volume whose spline would have more than
-    ``LARGEST_SPLINE`` samples is moved slab by slab.
+    ``refine`` as in ``functional.warp.warp``. A volume of more than ``LARGEST_SLAB`` voxels, or
+    whose spline would have more than ``LARGEST_SPLINE`` samples, is moved slab by slab.
     """
     with torch.autocast(volume.device.type, enabled=False):
         volume = volume.float()
         samples = volume.numel() * refine ** (volume.ndim - 2)
-        count = min(-(-samples // LARGEST_SPLINE), volume.shape[2])
+        slabs = max(-(-samples // LARGEST_SPLINE), -(-volume.numel() // LARGEST_SLAB))
+        count = min(slabs, volume.shape[2])
         if count == 1:
             displacement = rigid_displacement(motion, tuple(volume.shape[2:]), spacing_mm)
             return warp(volume, displacement, spacing_mm, refine=refine)
         edges = [round(i * volume.shape[2] / count) for i in range(count + 1)]
-        slabs = [_moved_slab(volume, motion, spacing_mm, refine, *ends) for ends in pairwise(edges)]
-        return torch.cat(slabs, 2)
+        parts = [_moved_slab(volume, motion, spacing_mm, refine, *ends) for ends in pairwise(edges)]
+        return torch.cat(parts, 2)
 
 
 def _moved_slab(
@@ -252,13 +281,33 @@ def registration_error_mm(
 
     The target registration error (Fitzpatrick & West 2001) with the region as its targets.
     """
-    with torch.autocast(motion.device.type, enabled=False):
-        shape = tuple(inside.shape[2:])
-        apart = rigid_displacement(motion, shape, spacing_mm) - rigid_displacement(
-            true, shape, spacing_mm
-        )
-        square = apart.square().sum(1, keepdim=True) * inside
-        return (square.flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)).sqrt()
+    n = spacing_mm.shape[1]
+    apart = (motion - true).double()
+    linear, offset = apart[:, :n, :n], apart[:, :n, n]
+    voxels, first, second = _moments(inside[:, 0], spacing_mm.double())
+    square = (linear @ second * linear).sum((1, 2))
+    square = square + 2 * (offset * (linear @ first[..., None])[..., 0]).sum(1)
+    square = square + voxels * offset.square().sum(1)
+    return (square.clamp(min=0) / voxels.clamp(min=1)).sqrt().to(motion.dtype)
+
+
+def _moments(inside: Tensor, spacing_mm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of voxels ``b d h w`` inside: how many, and the sums of p (b n) and p p^T (b n n), in mm."""
+    n = inside.ndim - 1
+    axes = [axis.double() for axis in _axes_mm(inside.shape[1:], spacing_mm)]
+
+    def left(*kept: int) -> Tensor:
+        away = tuple(axis + 1 for axis in range(n) if axis not in kept)
+        return inside.sum(away, dtype=torch.float64) if away else inside.double()
+
+    first = torch.stack([(left(i) * axes[i]).sum(1) for i in range(n)], 1)
+    second = torch.diag_embed(
+        torch.stack([(left(i) * axes[i].square()).sum(1) for i in range(n)], 1)
+    )
+    for i, j in combinations(range(n), 2):
+        mixed = torch.einsum("bi,bij,bj->b", axes[i], left(i, j), axes[j])
+        second[:, i, j] = second[:, j, i] = mixed
+    return left(), first, second
 
 
 def _halved(volumes: Tensor, spacing_mm: Tensor, sigma_mm: float) -> tuple[Tensor, Tensor]:
@@ -272,10 +321,18 @@ def _halved(volumes: Tensor, spacing_mm: Tensor, sigma_mm: float) -> tuple[Tenso
     return pool(volumes, factors), spacing_mm * torch.tensor(factors, device=spacing_mm.device)
 
 
-def _positions(shape: Sequence[int], spacing_mm: Float[Tensor, "b n"]) -> Float[Tensor, "b n *dhw"]:
-    axes = [torch.arange(size, device=spacing_mm.device) - (size - 1) / 2 for size in shape]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    return grid * rearrange(spacing_mm, f"b n -> b n {'1 ' * len(shape)}")
+def _axes_mm(shape: Sequence[int], spacing_mm: Float[Tensor, "b n"]) -> list[Tensor]:
+    """Where the voxels of each axis lie in each case, from the grid's centre: ``b size``."""
+    sizes = zip(shape, spacing_mm.unbind(1), strict=True)
+    return [
+        (torch.arange(size, device=mm.device) - (size - 1) / 2) * mm[:, None] for size, mm in sizes
+    ]
+
+
+def _grid(axes: Sequence[Tensor]) -> Tensor:
+    """Positions ``b n *dhw`` on a grid of such axes."""
+    grids = [torch.meshgrid(*of_case, indexing="ij") for of_case in zip(*axes, strict=True)]
+    return torch.stack([torch.stack(grid) for grid in grids])
 
 
 def _turning(positions: Tensor, slope: Tensor) -> Tensor:

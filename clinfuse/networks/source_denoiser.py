@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from clinfuse.functional.haar import haar_dwt, haar_idwt
 from clinfuse.networks.fusion_unet import DETAIL_GAIN, crop, pad_to_multiple
+from clinfuse.networks.lean_unet import is_sampling, laid_out
 from clinfuse.networks.precision import with_safe_convolutions
 from clinfuse.networks.windows import Windowed, part_of
 
@@ -58,6 +59,8 @@ class SourceDenoiser(Windowed):
         def noise(window: tuple[slice, ...]) -> Tensor:
             place = tuple(slice(2 * part.start, 2 * part.stop) for part in window)
             bands = haar_dwt(part_of(padded, place)) * self.gain
+            if is_sampling(self, volume):
+                bands = laid_out(bands)
             features = self.first(bands)
             for block in self.blocks:
                 features = features + block(F.silu(features))

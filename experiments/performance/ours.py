@@ -58,7 +58,7 @@ class WaveletDenoiser:
     def __init__(self, overrides: Sequence[str] = (), seed: int = 0) -> None:
         torch.manual_seed(seed)
         build = instantiate(configuration(overrides).network, _convert_="all")
-        self.network = build(state_channels=1, known_channels=2, out_channels=1).to(DEVICE)
+        self.network = build(state_channels=1, known_channels=2, out_channels=1).to(DEVICE).eval()
         self.alpha_bars = cosine().to(DEVICE)
 
     def encoded(self, batch: FusionBatch) -> Condition:

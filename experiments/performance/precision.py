@@ -1,14 +1,15 @@
 """What makes a step cheaper, and what it changes: each with its measured ratio.
 
 python experiments/performance/precision.py [--shape 32x96x96] [--turns 3] [--run RUN]
-    [--no-compile] [--out FOLDER]
+    [--no-compile] [--parts PART ...] [--out FOLDER]
 
 Every variant takes turns with the plain form beside it: eager, single precision for those of
-arithmetic, the machine's training precision (see ``conf/trainer``) for the others. ``differs`` is
-the largest difference of the predicted velocity, as a share of its range. The network has had
+arithmetic, the machine's training precision (see ``conf/trainer``) for the others; evaluated by the
+U-Net's own forward, but for ``lean_unet`` and what is kept of freed memory. ``differs`` is the
+largest difference of the predicted velocity, as a share of its range. The network has had
 twenty steps of training on a phantom; with a run, its own denoiser is taken, and its whole fusion
 is compared as well, as a share of model space's range of 2. Memory is that of training steps in a
-process of its own.
+process of its own. PART is one of what it says that it has measured, ``compiler`` for one.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from clinfuse.networks.kept_memory import freed_memory_kept
 from clinfuse.types import DATA_RANGE, FusionBatch
 
 
@@ -81,9 +83,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--run")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--parts", nargs="+")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    found = measured(asked.shape, asked.turns, asked.run, not asked.no_compile)
+    found = measured(asked.shape, asked.turns, asked.run, not asked.no_compile, asked.parts)
     show_variants(found)
     if asked.out:
         asked.out.mkdir(parents=True, exist_ok=True)
@@ -92,9 +95,13 @@ def main() -> None:
 
 
 def measured(
-    shape: tuple[int, ...], turns: int, run: str | None = None, with_compiler: bool = True
+    shape: tuple[int, ...],
+    turns: int,
+    run: str | None = None,
+    with_compiler: bool = True,
+    only: list[str] | None = None,
 ) -> list[Variant]:
-    """Every variant, in the order of the table."""
+    """Every variant, in the order of the table; of ``only`` some parts, where they are named."""
     state = run_weights(run) if run else trained_a_little()
     batch = phantom_with_lesion(shape).to(DEVICE)
     parts: dict[str, Callable[[], list[Variant]]] = {
@@ -102,12 +109,16 @@ def measured(
         "layouts and norms": lambda: layouts(state, batch, turns),
         "checkpointing": lambda: checkpointed(shape, turns),
         "sampling": lambda: sampling(state, batch, turns),
+        "memory": lambda: [kept_memory(state, batch, turns)],
         "averaging": lambda: [averaging(turns)],
     }
     if with_compiler:
         parts["compiler"] = lambda: compiled(state, batch, turns)
     if run:
         parts["whole fusion"] = lambda: whole_fusion(run, batch)
+    if unknown := set(only or ()) - set(parts):
+        raise SystemExit(f"expected --parts among {', '.join(parts)}, got {', '.join(unknown)}")
+    parts = {name: part for name, part in parts.items() if not only or name in only}
     found = []
     for name, part in parts.items():
         seconds = seconds_of(lambda part=part: found.extend(part()))
@@ -134,7 +145,12 @@ def run_weights(run: str) -> dict[str, Tensor]:
 def denoiser_of(state: dict[str, Tensor]) -> WaveletDenoiser:
     denoiser = WaveletDenoiser()
     denoiser.network.load_state_dict(state)
-    denoiser.network.eval()
+    return by_monai(denoiser)
+
+
+def by_monai(denoiser: WaveletDenoiser) -> WaveletDenoiser:
+    """Evaluated by the U-Net's own forward, as in training, and not by ``lean_unet``."""
+    denoiser.network.train()
     return denoiser
 
 
@@ -200,10 +216,13 @@ def layouts(state: dict[str, Tensor], batch: FusionBatch, turns: int) -> list[Va
             laid_out(plain.network, first)
         change(changed.network)
         found += both(name, (plain, precision), (changed, precision), batch, turns)
-    plain, changed = WaveletDenoiser(), WaveletDenoiser(["network=local"])
+    plain, changed = map(by_monai, (WaveletDenoiser(), WaveletDenoiser(["network=local"])))
     found += both("network=local", (plain, precision), (changed, precision), batch, turns)
     for variant in found[-2:]:
         variant.differs = None  # they are other networks
+    plain, changed = denoiser_of(state), denoiser_of(state)
+    changed.network.eval()
+    found += both("lean_unet", (plain, precision), (changed, precision), batch, turns)[:1]
     return found
 
 
@@ -330,6 +349,22 @@ def sampling(state: dict[str, Tensor], batch: FusionBatch, turns: int) -> list[V
         Variant("members in a batch", "5", s["one by one"], s["together"], "s", differs),
         Variant("known encoded once", "4 steps", s["each step"], s["once"]),
     ]
+
+
+def kept_memory(state: dict[str, Tensor], batch: FusionBatch, turns: int) -> Variant:
+    """A walk of four evaluations with freed memory kept at hand, beside glibc's usual way.
+
+    glibc keeps blocks below 32 MiB anyway, so it is large volumes that it makes faster.
+    """
+    precision, denoiser = precision_here(), denoiser_of(state)
+    denoiser.network.eval()
+
+    def walked() -> None:
+        for _ in range(4):
+            prediction(denoiser, batch, precision)
+
+    s = in_turns({"plain": walked, "changed": freed_memory_kept()(walked)}, turns)
+    return Variant("freed memory kept", "4 steps", median(s["plain"]), median(s["changed"]))
 
 
 def averaging(turns: int) -> Variant:

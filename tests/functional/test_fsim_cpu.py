@@ -4,7 +4,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from clinfuse.functional import fsim_cpu
-from clinfuse.functional.fsim import phase_congruency
+from clinfuse.functional.fsim import fsim_to_each, phase_congruency
 
 
 def pictures(height, width):
@@ -45,3 +45,21 @@ def test_the_median_is_torchs_the_lower_of_the_middle_two(size):
     ):
         single = values.astype(np.float32)
         assert fsim_cpu._lower_median(single) == torch.from_numpy(single).median()
+
+
+def test_the_median_is_found_where_a_sample_misses_it():
+    values = np.linspace(0, 1, 9 * 1024, dtype=np.float32)
+    values[::9] = 5  # all that the sample takes
+    assert fsim_cpu._lower_median(values) == torch.from_numpy(values).median()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (65, 70)])
+def test_similarity_in_single_precision_is_that_in_double_but_for_rounding(shape):
+    image, *others = pictures(*shape)[:3, None] / 300
+    masks = [torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) < 0.5]
+    masks.append(~masks[0])
+    given = list(zip(others, masks, strict=True))
+    found = fsim_to_each(image, given)
+    expected = fsim_to_each(image.double(), [(other.double(), mask) for other, mask in given])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=0)

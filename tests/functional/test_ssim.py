@@ -3,7 +3,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from clinfuse.functional import ssim as module
+from clinfuse.functional import ssim_cpu
 from clinfuse.functional.regional import regional_mean
 from clinfuse.functional.ssim import sigma_voxels, ssim, ssim_map
 
@@ -56,15 +56,15 @@ def regions(shape):
     return torch.stack([inner, corner, cloud, torch.ones_like(cloud)])[:, None]
 
 
-@pytest.mark.parametrize("voxels", [1, 100, 1 << 20])
+@pytest.mark.parametrize("parts", [1, 32])
 @pytest.mark.parametrize(
     ("shape", "spacing_mm"),
     [((7, 16, 13), (5.0, 2.0, 1.0)), ((18, 11), (3.0, 1.4)), ((5, 150, 20), (3.0, 1.0, 1.0))],
 )
 def test_the_box_around_a_region_in_parts_scores_as_the_whole_grid_does(
-    monkeypatch, shape, spacing_mm, voxels
+    monkeypatch, shape, spacing_mm, parts
 ):
-    monkeypatch.setattr(module, "VOXELS_A_PART", voxels)
+    monkeypatch.setattr(ssim_cpu, "PARTS", parts)
     mask = regions(shape)
     a, b = pair(*mask.shape)
     whole = regional_mean(ssim_map(a, b, sigma_voxels(spacing_mm, 3.0), mask=mask), mask)
@@ -80,6 +80,15 @@ def test_what_has_a_gradient_scores_as_what_has_none():
     learned = ssim(a.clone().requires_grad_(), b, mask, (5.0, 2.0, 2.0))
     assert learned.requires_grad
     torch.testing.assert_close(learned.detach(), ssim(a, b, mask, (5.0, 2.0, 2.0)))
+
+
+def test_luminance_counts_from_black_with_a_gradient_and_without():
+    a, b = pair(1, 1, 6, 14, 9)
+    mask = torch.ones(a.shape, dtype=torch.bool)
+    expected = ssim(a + 1, b + 1, mask, (5.0, 2.0, 2.0))
+    torch.testing.assert_close(ssim(a, b, mask, (5.0, 2.0, 2.0), black=-1.0), expected)
+    learned = ssim(a.requires_grad_(), b, mask, (5.0, 2.0, 2.0), black=-1.0)
+    torch.testing.assert_close(learned.detach(), expected)
 
 
 def test_what_lies_outside_the_region_has_no_say():

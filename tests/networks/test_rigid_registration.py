@@ -8,6 +8,7 @@ from clinfuse.data.jitter import fixed_misregistration
 from clinfuse.data.jitter import move as moved_by_torchio
 from clinfuse.data.phantoms import make_phantom
 from clinfuse.functional.intensity import ct_to_model
+from clinfuse.networks import rigid_registration
 from clinfuse.networks.rigid_registration import (
     SynthesisRegistration,
     gauss_newton,
@@ -184,3 +185,32 @@ def test_the_registration_error_is_what_a_ruler_says():
     assert error_mm(turned, still, aside, spacing_mm).item() == pytest.approx(chord, rel=1e-5)
     both = error_mm(turned, still, on_axis | aside, spacing_mm).item()
     assert both == pytest.approx(chord / math.sqrt(2), rel=1e-5)
+
+
+def test_the_error_of_any_two_motions_is_the_mean_over_the_voxels_themselves(heads):
+    _, brain = heads
+    one, other = (
+        torch.stack([fixed_misregistration(f"{case}", mm, mm) for case in (0, 1)]).float()
+        for mm in (2, 4)
+    )
+    spacing = torch.tensor([SPACING_MM, (5.0, 3.0, 2.0)])
+    axes = [torch.arange(size) - (size - 1) / 2 for size in ODD]
+    voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    apart = torch.einsum(
+        "bij,bdhwj->bdhwi", (one - other)[:, :3, :3], voxels * spacing[:, None, None, None]
+    )
+    square = (apart + (one - other)[:, None, None, None, :3, 3]).square().sum(-1)
+    expected = [square[case][brain[case, 0]].mean().sqrt().item() for case in (0, 1)]
+    found = registration_error_mm(one, other, brain.float(), spacing)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_large_volume_is_registered_in_slabs_as_in_one(heads, monkeypatch):
+    ct, _ = heads
+    true = torch.stack([fixed_misregistration(f"{i}", 3, 3).float() for i in (0, 1)])
+    moving = move(ct, true, torch.tensor([SPACING_MM] * 2))
+    whole = found(moving, ct, SPACING_MM)
+    monkeypatch.setattr(rigid_registration, "LARGEST_SLAB", 7 * ODD[1] * ODD[2])
+    slabs = found(moving, ct, SPACING_MM)
+    assert not torch.equal(slabs, whole)  # sums are taken in another order
+    torch.testing.assert_close(slabs, whole, rtol=0, atol=1e-5)
