@@ -150,9 +150,10 @@ class DistilledFusion(FusionMethod):
         return self._shift_towards(anchor, *sources)
 
     def _shift_towards(self, anchor: Anchor, mri: Tensor, ct: Tensor, roi: Tensor) -> Tensor:
-        masks, known = roi.to(mri.dtype), torch.cat([anchor.mean, anchor.scale.log()], 1)
-        condition = self.mean_network.encode(mri, ct, masks, known)
+        masks = roi.to(mri.dtype)
+        condition = self.mean_network.encode(mri, ct, masks, _known(anchor))
         to_mri, to_ct, rest = self.mean_network(None, condition).float().split(1, 1)
+        del condition
         brain, bone, _ = masks.split(1, 1)
         pulled = brain * to_mri * (mri - anchor.mean) + bone * to_ct * (ct - anchor.mean)
         return pulled + anchor.scale * rest
@@ -168,8 +169,7 @@ class DistilledFusion(FusionMethod):
         return self.teacher.levels(self.teacher.alpha_bars, steps)
 
     def _denoiser(self, anchor: Anchor, members: int) -> Denoiser:
-        known = torch.cat([anchor.mean, anchor.scale.log()], 1)
-        condition = self.network.encode(anchor.mri, anchor.ct, anchor.roi, known)
+        condition = self.network.encode(anchor.mri, anchor.ct, anchor.roi, _known(anchor))
 
         def denoise(x_t: Tensor, alpha_bar_t: Tensor) -> Tensor:
             prediction = self.network(x_t, condition, alpha_bar_t).float()
@@ -242,6 +242,11 @@ class DistilledFusion(FusionMethod):
         end = int(self.trainer.estimated_stepping_batches)
         trained = [*self.network.parameters(), *self.mean_network.parameters()]
         return staged_optimizer(self.optimizer, [Stage(trained, 0, end)], self.warmup_steps)
+
+
+def _known(anchor: Anchor) -> Tensor:
+    """What both networks know of the anchor itself."""
+    return torch.cat([anchor.mean, anchor.scale.log()], 1)
 
 
 def _centred(x: Float[Tensor, "bk 1 *dhw"], members: int) -> Float[Tensor, "bk 1 *dhw"]:

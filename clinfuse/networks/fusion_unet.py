@@ -290,10 +290,12 @@ class FusionUNet(Windowed):
             return evaluated(self.unet, laid_out(x), angle)
 
         out = self.answer(evaluate, known.stem.shape[2:], self.context_stride, 1)
-        out = out + known.past
-        if self.haar:
-            out = haar_idwt(out if self.state_channels else self._unlevelled(out))
-        return crop(out, known.shape)
+        out += known.past
+        if not self.haar:
+            return crop(out, known.shape)
+        if not self.state_channels:  # as ``_unlevelled``
+            out.unflatten(1, (self.out_channels, -1))[:, :, 0] *= 2 ** (self.spatial_dims / 2)
+        return crop(haar_idwt(out), known.shape)
 
     def _analyse(self, volume: Tensor) -> Tensor:
         padded = pad_to_multiple(volume, self.multiple)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clinfuse.functional.composite import feathered, shown_findings
 from clinfuse.functional.intensity import ct_from_model, leaky_clamp
-from clinfuse.networks.fusion_unet import FusionUNet
+from clinfuse.networks.fusion_unet import Condition, FusionUNet
 from clinfuse.networks.rigid_registration import (
     Registration,
     SynthesisRegistration,
@@ -99,7 +99,7 @@ class RegisteredBlend(nn.Module):
     def forward(self, batch: FusionBatch) -> Anchor:
         roi, mri, ct = batch.roi.to(batch.ct.dtype), batch.mri, batch.ct
         brain, bone, lesion = roi.split(1, 1)
-        found, known, lost = None, None, torch.zeros_like(ct)
+        found, lost = None, torch.zeros_like(ct)
         with torch.no_grad():  # the sources are prepared by networks trained for that, and before
             if self.registration is not None:
                 found = self.registration(mri, ct, brain, batch.spacing_mm)
@@ -107,14 +107,14 @@ class RegisteredBlend(nn.Module):
                 lost = lost_in_moving(given, ct, found.motion, batch.spacing_mm)
                 ct = ct.clamp(-1, 1)
                 bone = move(bone, found.motion, batch.spacing_mm)
-                known = torch.cat([found.guess, found.log_scale], 1)
             if self.denoisers is not None:
                 mri = self.denoisers.mri(mri).clamp(-1, 1)
                 ct = self.denoisers.ct(ct).clamp(-1, 1)
             findings = dense_findings(ct, bone > 0.5, batch)
             mri = with_findings(mri, ct, findings, batch)
         roi = torch.cat([brain, bone, lesion], 1)
-        out = self.network(None, self.network.encode(mri, ct, roi, known)).float()
+        brain, bone, lesion = roi.split(1, 1)  # no other copy of them is held from here on
+        out = self.network(None, self._encoded(mri, ct, roi, found)).float()
         weight_logit, correction, log_scale = out.split(1, 1)
         prior = self.bone_logit * (2 * bone - 1 - 2 * brain)
         weight = torch.sigmoid(weight_logit + prior)
@@ -125,6 +125,12 @@ class RegisteredBlend(nn.Module):
         expected = self._expected_error(mean, weight, share, mri, ct, lost, batch).detach()
         scale = self.min_scale + expected * log_scale.clamp(-6, 3).exp()
         return Anchor(mean, scale, mri, ct, roi, weight, found)
+
+    def _encoded(
+        self, mri: Tensor, ct: Tensor, roi: Tensor, found: Registration | None
+    ) -> Condition:
+        known = None if found is None else torch.cat([found.guess, found.log_scale], 1)
+        return self.network.encode(mri, ct, roi, known)
 
     @torch.no_grad()
     def registered_roi(self, batch: FusionBatch) -> Bool[Tensor, "b r *dhw"]:

@@ -139,6 +139,8 @@ class SynthesisRegistration(Windowed):
 
         out = haar_idwt(self.answer(bands, grid, 16, len(images)))
         guess, log_scale = crop(out, mri.shape[2:]).split(1, 1)
+        if not torch.is_grad_enabled():
+            guess = guess.clone()  # or both would be held for the one's sake
         return guess, (log_scale - 1.5).clamp(-4, 1)
 
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import worker as worker_loop
 
 from clinfuse.data import workers
 from clinfuse.data.workers import FOR_THE_TRAINING, begin_worker
@@ -20,7 +21,8 @@ def beside_a_thread(worker):
 def worker(request, monkeypatch):
     """A process of a loader that waits for more work, and the rest of the work."""
     # W&B, once used, begins threads in every fork: after its tests each process is beside one.
-    monkeypatch.setattr(workers, "GRACE_S", 3.0)
+    monkeypatch.setattr(workers, "GRACE_S", 1.0)
+    monkeypatch.setattr(worker_loop, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how long it may be deaf
     loader = DataLoader(range(8), num_workers=1, prefetch_factor=1, worker_init_fn=request.param)
     others = multiprocessing.active_children()
     items = iter(loader)
