@@ -2,10 +2,19 @@
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
+
+from torch import Tensor
+
+from clinfuse.types import FusionBatch
+
+Fuse = Callable[[Any, FusionBatch], Tensor]
+
+LARGEST = 2**24
+"""Voxels of a batch: in the pieces that larger ones leave, the next block does not fit."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
@@ -35,6 +44,19 @@ def freed_memory_kept() -> Iterator[None]:
         _inside -= 1
         _set(glibc, _USUAL)
         glibc.malloc_trim(0)
+
+
+def keeping_memory(fuse: Fuse) -> Fuse:
+    """A method that fuses, with ``freed_memory_kept`` where the batch is not too large for that."""
+
+    @wraps(fuse)
+    def fused(method: Any, batch: FusionBatch) -> Tensor:
+        if batch.mri.numel() > LARGEST:
+            return fuse(method, batch)
+        with freed_memory_kept():
+            return fuse(method, batch)
+
+    return fused
 
 
 def _set(glibc: Any, values: dict[int, int]) -> None:

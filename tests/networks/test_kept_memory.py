@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clinfuse.networks.kept_memory import _glibc, freed_memory_kept
+from clinfuse.networks import kept_memory
+from clinfuse.networks.kept_memory import _glibc, freed_memory_kept, keeping_memory
 
 pytestmark = pytest.mark.skipif(_glibc() is None, reason="only glibc on Linux is told to keep it")
 
@@ -58,3 +59,15 @@ def test_as_a_decorator_it_holds_for_every_call():
 
     for _ in range(2):
         assert cleared_in_the_end() < 0.05 * PAGES
+
+
+@pytest.mark.parametrize(("largest", "is_kept"), [(16 * 32 * 32, True), (1000, False)])
+def test_what_fuses_keeps_it_unless_the_volume_is_large(phantoms, monkeypatch, largest, is_kept):
+    @keeping_memory
+    def cleared_in_the_end(_method, batch):
+        settle()
+        return torch.tensor(pages_cleared())
+
+    monkeypatch.setattr(kept_memory, "LARGEST", largest)
+    cleared = cleared_in_the_end(None, phantoms.batch())
+    assert (cleared.item() < 0.05 * PAGES) == is_kept
