@@ -185,8 +185,9 @@ def write_record(
     cfg: DictConfig, state: State, facts: dict[str, Any], data: Any, folder: Path
 ) -> None:
     """What the run's folder says of itself: ``run.json``, ``facts.json`` and the split."""
-    for half_written in folder.glob(".*.tmp"):  # by who was stopped while writing
-        half_written.unlink(missing_ok=True)
+    for place in (folder, folder / ".hydra"):
+        for half_written in place.glob(".*.tmp"):  # by who was stopped while writing
+            half_written.unlink(missing_ok=True)
     if not cfg.resume:  # once more: each of several ranks has put Hydra's own there meanwhile
         save_config(cfg, folder)
     state.write(folder)

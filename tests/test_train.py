@@ -142,7 +142,8 @@ def test_a_run_killed_in_an_epoch_and_resumed_ends_as_if_nothing_had_happened(
     configuration = (folder / ".hydra" / "config.yaml").read_bytes()
 
     trusted = {"PYTHONPATH": str(tmp_path), "CLINFUSE_TRUSTED": "killer.KillAt"}
-    (folder / ".cost.json.1.tmp").touch()  # as by who was stopped while writing
+    for half_written in (".cost.json.1.tmp", ".hydra/.config.yaml.1.tmp"):
+        (folder / half_written).touch()  # as by who was stopped while writing
     resumed = entry_point("clinfuse.train", f"resume={folder}", **trusted)
     assert resumed.returncode == 0, resumed.stderr
     assert not list(folder.rglob(".*.tmp"))
