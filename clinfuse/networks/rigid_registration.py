@@ -284,23 +284,24 @@ def registration_error_mm(
     The target registration error (Fitzpatrick & West 2001) with the region as its targets.
     """
     n = spacing_mm.shape[1]
-    apart = (motion - true).double()
-    linear, offset = apart[:, :n, :n], apart[:, :n, n]
-    voxels, first, second = _moments(inside[:, 0], spacing_mm.double())
-    square = (linear @ second * linear).sum((1, 2))
-    square = square + 2 * (offset * (linear @ first[..., None])[..., 0]).sum(1)
-    square = square + voxels * offset.square().sum(1)
-    return (square.clamp(min=0) / voxels.clamp(min=1)).sqrt().to(motion.dtype)
+    with torch.autocast(motion.device.type, enabled=False):
+        apart = motion - true
+        linear, offset = apart[:, :n, :n], apart[:, :n, n]
+        voxels, first, second = _moments(inside[:, 0], spacing_mm)
+        square = (linear @ second * linear).sum((1, 2))
+        square = square + 2 * (offset * (linear @ first[..., None])[..., 0]).sum(1)
+        square = square + voxels * offset.square().sum(1)
+        return (square.clamp(min=0) / voxels.clamp(min=1)).sqrt()
 
 
 def _moments(inside: Tensor, spacing_mm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of voxels ``b d h w`` inside: how many, and the sums of p (b n) and p p^T (b n n), in mm."""
     n = inside.ndim - 1
-    axes = [axis.double() for axis in _axes_mm(inside.shape[1:], spacing_mm)]
+    axes = _axes_mm(inside.shape[1:], spacing_mm)
 
     def left(*kept: int) -> Tensor:
         away = tuple(axis + 1 for axis in range(n) if axis not in kept)
-        return inside.sum(away, dtype=torch.float64) if away else inside.double()
+        return inside.sum(away) if away else inside
 
     first = torch.stack([(left(i) * axes[i]).sum(1) for i in range(n)], 1)
     second = torch.diag_embed(
