@@ -23,7 +23,6 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -38,6 +37,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from clinfuse.allowed import check_named, check_text
 from clinfuse.callbacks.checkpoint import PREVIOUS
 from clinfuse.callbacks.model_draws import read_draws
+from clinfuse.functional.free_memory import free_memory
 from clinfuse.networks.pretrained import SAFETENSORS, read_safetensors, read_whole
 from clinfuse.networks.windows import is_out_of_memory
 from clinfuse.preparation.identifiers import without_identity
@@ -362,7 +362,7 @@ def memory_budget(asked: Any, device: torch.device | None = None) -> float | Non
     if asked == "auto":
         if device is not None and device.type == "cuda":
             return torch.cuda.mem_get_info(device)[0] / 2e9
-        return psutil.virtual_memory().available / 2e9
+        return free_memory() / 2e9
     if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
         raise ValueError(f"expected memory_gb=auto, null or a number above 0, got {asked!r}")
     return float(asked)

@@ -48,6 +48,7 @@ from clinfuse.data.worklist import Worklist, begun_alike, digest_of, share_of
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.objective import lesion_probability
 from clinfuse.metrics.calibration import Calibration
+from clinfuse.networks.mapped_memory import mapped_where_large
 from clinfuse.networks.windows import limit_memory, windows_used
 from clinfuse.preparation.derived_series import write_derived_series
 from clinfuse.preparation.identifiers import hashed, is_hashed
@@ -181,8 +182,9 @@ def fuse_patient(settings: Sequence[DictConfig], cfg: DictConfig) -> None:
         write_volumes(folder, study, fusion.volumes)
         write_dicom(folder, cfg, fusion.preset)
         print(f"fused: {folder / 'fused.nii.gz'}")
-    for windows in {fusion.facts["windows"] for fusion in fusions if "windows" in fusion.facts}:
-        print(f"evaluated in windows: {windows}")
+    for fact, text in (("windows", "evaluated in windows:"), ("volumes", "volumes lay")):
+        for said in {fusion.facts[fact] for fusion in fusions if fact in fusion.facts}:
+            print(f"{text} {said}")
     for sentence in dict.fromkeys(sentence for fusion in fusions for sentence in fusion.missing):
         print(sentence)
     sources = {scan: str(cfg[scan]) if cfg.keep_ids else study.case_id for scan in ("mri", "ct")}
@@ -365,6 +367,16 @@ def fuser_of(saved: DictConfig, cfg: DictConfig) -> Fuser:
 
 def fused_by(fuser: Fuser, study: Study, cfg: DictConfig) -> Fusion:
     """The patient fused; the noise depends on the run's seed alone."""
+    members = getattr(fuser.method, "members", 1)
+    with mapped_where_large(study.mri.numel(), members) as is_mapped:
+        fusion = _fused_by(fuser, study, cfg)
+    if not is_mapped:
+        return fusion
+    where = f"in files in {tempfile.gettempdir()}, since memory would not hold them"
+    return replace(fusion, facts={**fusion.facts, "volumes": where})
+
+
+def _fused_by(fuser: Fuser, study: Study, cfg: DictConfig) -> Fusion:
     saved, method, calibration = fuser.saved, fuser.method, fuser.calibration
     lightning.seed_everything(saved.seed, verbose=False)
     item = study_item(study, torch.eye(4, dtype=torch.float64))

@@ -28,6 +28,7 @@ from clinfuse.fuse import (
     with_presets_listed,
 )
 from clinfuse.methods.roi_diffusion import RoiDiffusion
+from clinfuse.networks import mapped_memory
 from clinfuse.preparation.identifiers import hashed
 from clinfuse.preparation.reading import read_scan
 from clinfuse.reporting.views import CaseView
@@ -706,7 +707,7 @@ def test_a_report_names_the_patient_by_a_hash_unless_names_are_kept(path, keep_i
 
 
 def test_a_volume_too_large_for_the_memory_is_fused_in_windows_and_it_is_said(
-    smoke_run, phantoms, tmp_path, capsys
+    smoke_run, phantoms, tmp_path, capsys, monkeypatch
 ):
     long = make_phantom(7, 0, (9, 24, 132), (7.0, 6.0, 1.5), "adc")
     for name, array in (("mri", long.mri), ("ct", long.ct_hu)):
@@ -719,6 +720,14 @@ def test_a_volume_too_large_for_the_memory_is_fused_in_windows_and_it_is_said(
     said = capsys.readouterr().out
     assert "evaluated in windows: " in said and "network=local says the same" in said
     assert nib.load(tmp_path / "out" / "fused.nii.gz").shape == (132, 24, 9)
+    values = nib.load(tmp_path / "out" / "fused.nii.gz").get_fdata()
+    monkeypatch.setattr(mapped_memory, "free_memory", lambda: 1)
+    monkeypatch.setattr(mapped_memory, "SMALLEST", 2**12)
+    main(phantoms.config(*asked, "memory_gb=0.03", name="fuse", folder=tmp_path / "hydra"))
+    said = capsys.readouterr().out
+    assert "volumes lay in files in " in said and "memory would not hold them" in said
+    assert "memory would not hold them" in (tmp_path / "out" / "report.html").read_text()
+    assert np.array_equal(nib.load(tmp_path / "out" / "fused.nii.gz").get_fdata(), values)
     for amount, sentence in (
         ("1e-6", "expected memory_gb of at least"),
         ("-1", "expected memory_gb=auto, null or a number above 0, got -1"),

@@ -10,8 +10,9 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 from nibabel.openers import ImageOpener
+
+from clinfuse.functional.free_memory import free_memory
 
 MOST_TEXT_BYTES = 1 << 24
 """What a NIfTI file may have before its voxels: its header, texts and extensions."""
@@ -32,7 +33,7 @@ def check_room(shape: Sequence[int], bytes_each: int, path: Path) -> None:
     Raises:
         ValueError: more than is free.
     """
-    needed, free = math.prod(shape) * (bytes_each + 8), psutil.virtual_memory().available
+    needed, free = math.prod(shape) * (bytes_each + 8), free_memory()
     if needed > free:
         raise ValueError(
             f"expected a volume that fits into the {free / 1e9:.1f} GB of memory that are free, "

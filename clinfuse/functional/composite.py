@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.functional.intensity import CtMap, ct_from_model, piecewise_linear
+from clinfuse.functional.regional import bounding_box
 from clinfuse.functional.spacing import SpacingMm, shared_spacing
 
 FINDING_DISPLAY = ((30.0, -1.0), (45.0, 0.5), (60.0, 0.8), (100.0, 0.95), (300.0, 1.0))
@@ -99,12 +100,15 @@ def shown_findings(
     seen, total = (gaussian_smooth(v, sigma) for v in (others, others * mri))
     around = torch.where(seen > 1e-3, total / seen.clamp(min=1e-3), -1.0)  # nothing around: bright
     dark = torch.zeros_like(findings)
-    for case in range(len(mri)):
-        parts, count = label(findings[case, 0].cpu().numpy(), np.ones((3,) * (mri.ndim - 2)))
+    for case, is_found in enumerate(findings[:, 0]):
+        if not is_found.any():
+            continue
+        box = bounding_box(is_found)
+        parts, count = label(is_found[box].cpu().numpy(), np.ones((3,) * is_found.ndim))
         for number in range(1, count + 1):
             inside = torch.from_numpy(parts == number).to(mri.device)
-            level, bright = around[case, 0][inside].mean(), display[case, 0][inside].mean()
-            dark[case, 0] |= inside & (level + (1 + bright) / 2 > (bright - level).abs())
+            level, bright = (v[case, 0][box][inside].mean() for v in (around, display))
+            dark[case, 0][box] |= inside & (level + (1 + bright) / 2 > (bright - level).abs())
     near_dark = feathered(dark, spacing_mm, feather_mm) > 0
     in_dark, in_bright = torch.minimum(mri, -(1 + display) / 2), torch.maximum(mri, display)
     shown = torch.where(near_dark, in_dark, in_bright)

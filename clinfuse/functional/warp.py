@@ -98,21 +98,53 @@ def warp(
         padding: what lies beyond the grid: its border's value, or 0.
         refine: samples of the spline a voxel; 1 interpolates between the voxels themselves.
     """
-    sizes = volume.shape[2:]
-    if refine > 1:
-        volume = _refined(volume, refine)
+    places = places_in(volume.shape[2:], displacement_mm, spacing_mm)
+    return sampled(refined(volume, refine), places, padding)
+
+
+def sampled(
+    volume: Float[Tensor, "b c *grid"],
+    places: Float[Tensor, "b *dhw n"],
+    padding: Literal["border", "zeros"] = "border",
+) -> Float[Tensor, "b c *dhw"]:
+    """The volume at ``places_in`` it, linearly interpolated between its samples."""
+    return F.grid_sample(volume, places, "bilinear", padding, align_corners=True)
+
+
+def places_in(
+    sizes: Sequence[int],
+    displacement_mm: Float[Tensor, "b n *dhw"],
+    spacing_mm: SpacingMm,
+    first: int = 0,
+) -> Float[Tensor, "b *dhw n"]:
+    """Where p + u(p) lies between the ends of a grid, -1 and 1, as ``grid_sample`` counts.
+
+    Args:
+        sizes: of the grid, in voxels.
+        displacement_mm: u, of all its voxels or of some slices of its first axis.
+        spacing_mm: voxel size.
+        first: which voxel of the first axis u begins at.
+    """
     spacing = _spacing_rows(spacing_mm, len(sizes), displacement_mm)
     per_mm = 2 / (spacing * torch.tensor([max(size - 1, 1) for size in sizes]).to(spacing))
-    identity = _identity_grid(sizes, spacing)
+    identity = _identity_grid(sizes, spacing, displacement_mm.shape[2], first)
     grid = identity + displacement_mm * per_mm.reshape(*per_mm.shape, *[1] * len(sizes))
-    grid = grid.movedim(1, -1).flip(-1)  # grid_sample wants (x, y, z) = (w, h, d) last
-    return F.grid_sample(volume, grid, "bilinear", padding, align_corners=True)
+    return grid.movedim(1, -1).flip(-1)  # grid_sample wants (x, y, z) = (w, h, d) last
 
 
-def _refined(volume: Tensor, factor: int) -> Tensor:
-    """The cubic spline through the voxels, at ``factor`` samples a voxel, ends kept."""
-    for dim in range(2, volume.ndim):
-        if volume.shape[dim] > 1:
+def refined(
+    volume: Float[Tensor, "b c *dhw"], factor: int, axes: Sequence[int] | None = None
+) -> Float[Tensor, "b c *finer"]:
+    """The cubic spline through the voxels, at ``factor`` samples a voxel, ends kept.
+
+    Args:
+        volume: volumes or slices.
+        factor: 1 leaves it as it is.
+        axes: which spatial axes become finer, 0 the first after the channels; None for all.
+    """
+    for axis in range(volume.ndim - 2) if axes is None else axes:
+        dim = axis + 2
+        if volume.shape[dim] > 1 and factor > 1:
             matrix = torch.from_numpy(_spline_matrix(volume.shape[dim], factor)).to(volume)
             volume = (volume.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
     return volume
@@ -135,12 +167,13 @@ def _spacing_rows(spacing_mm: SpacingMm, n: int, like: Tensor) -> Tensor:
     return torch.as_tensor(spacing_mm, dtype=like.dtype, device=like.device).reshape(-1, n)
 
 
-def _identity_grid(sizes: Sequence[int], like: Tensor) -> Tensor:
-    """Voxel centres from -1 to 1 along each axis; 0 along an axis of one voxel."""
+def _identity_grid(sizes: Sequence[int], like: Tensor, rows: int, first: int) -> Tensor:
+    """Voxel centres from -1 to 1 along each axis, so many rows of the first; 0 where there is one."""
     axes = [
         torch.linspace(-1, 1, size, dtype=like.dtype, device=like.device)
         if size > 1
         else like.new_zeros(1)
         for size in sizes
     ]
+    axes[0] = axes[0][first : first + rows]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))

@@ -28,7 +28,7 @@ from clinfuse.methods.roi_diffusion import (
     member_noise,
     members_of,
 )
-from clinfuse.networks.kept_memory import keeping_memory
+from clinfuse.networks.kept_memory import memory_by_size
 from clinfuse.networks.registered_blend import Anchor
 from clinfuse.types import Denoiser, FusionBatch
 
@@ -116,7 +116,7 @@ class DistilledFusion(FusionMethod):
         self.teacher.load_state_dict({n: w for n, w in teacher.state_dict().items() if n in own})
         self.network.load_state_dict(teacher.network.state_dict())
 
-    @keeping_memory
+    @memory_by_size
     def fuse(self, batch: FusionBatch) -> Float[Tensor, "b 1 *dhw"]:
         """The predictive mean: the anchor's, moved as the guidance would."""
         with torch.no_grad():
@@ -127,13 +127,13 @@ class DistilledFusion(FusionMethod):
         """The masks, the CT's own moved with it by the anchor."""
         return self.teacher.registered_roi(batch)
 
-    @keeping_memory
+    @memory_by_size
     def ensemble(self, batch: FusionBatch) -> Float[Tensor, "k b 1 *dhw"]:
         """``members`` samples of F; their mean is what ``fuse`` returns."""
         with torch.no_grad():
             return self._sample(batch, self.teacher.anchor(batch))
 
-    @keeping_memory
+    @memory_by_size
     def model_draws(self, batch: FusionBatch) -> Float[Tensor, "m k b 1 *dhw"]:
         """``ensemble``, then the same from each further anchor of the teacher's."""
         anchors = (self.teacher.anchor, *self.teacher.other_anchors)

@@ -45,7 +45,7 @@ from clinfuse.methods.objective import (
     within,
 )
 from clinfuse.networks.fusion_unet import Condition, FusionUNet
-from clinfuse.networks.kept_memory import keeping_memory
+from clinfuse.networks.kept_memory import memory_by_size
 from clinfuse.networks.registered_blend import Anchor, NoAnchor, RegisteredBlend
 from clinfuse.networks.rigid_registration import (
     SynthesisRegistration,
@@ -229,7 +229,7 @@ class RoiDiffusion(FusionMethod):
         """The masks, the CT's own moved with it by the anchor."""
         return self.anchor.registered_roi(batch)
 
-    @keeping_memory
+    @memory_by_size
     def ensemble(self, batch: FusionBatch) -> Float[Tensor, "k b 1 *dhw"]:
         """``members`` samples of F, their noise drawn per case and moment-matched.
 
@@ -240,7 +240,7 @@ class RoiDiffusion(FusionMethod):
             anchor = self.anchor(batch)
         return self.sample(batch, anchor)
 
-    @keeping_memory
+    @memory_by_size
     def model_draws(self, batch: FusionBatch) -> Float[Tensor, "m k b 1 *dhw"]:
         """``ensemble``, then the same from each anchor of ``add_draw``.
 

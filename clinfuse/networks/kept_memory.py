@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clinfuse.networks.mapped_memory import mapped_where_large
 from clinfuse.types import FusionBatch
 
 Fuse = Callable[[Any, FusionBatch], Tensor]
@@ -46,14 +47,20 @@ def freed_memory_kept() -> Iterator[None]:
         glibc.malloc_trim(0)
 
 
-def keeping_memory(fuse: Fuse) -> Fuse:
-    """A method that fuses, with ``freed_memory_kept`` where the batch is not too large for that."""
+def memory_by_size(fuse: Fuse) -> Fuse:
+    """A method that fuses, in memory as its batch's size wants it.
+
+    ``freed_memory_kept`` for what is small enough for that, and volumes in files where memory would
+    not hold them (``mapped_where_large``).
+    """
 
     @wraps(fuse)
     def fused(method: Any, batch: FusionBatch) -> Tensor:
-        if batch.mri.numel() > LARGEST:
-            return fuse(method, batch)
-        with freed_memory_kept():
+        voxels = batch.mri.numel()
+        if voxels <= LARGEST:
+            with freed_memory_kept():
+                return fuse(method, batch)
+        with mapped_where_large(voxels, getattr(method, "members", 1)):
             return fuse(method, batch)
 
     return fused

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from clinfuse.functional.gaussian import gaussian_smooth
 from clinfuse.functional.haar import haar_dwt, haar_idwt
-from clinfuse.functional.warp import rigid_displacement, rigid_matrix, warp
+from clinfuse.functional.warp import (
+    places_in,
+    refined,
+    rigid_displacement,
+    rigid_matrix,
+    sampled,
+    warp,
+)
 from clinfuse.networks.fusion_unet import crop, pad_to_multiple
 from clinfuse.networks.lean_unet import is_sampling, laid_out
 from clinfuse.networks.precision import with_safe_convolutions
@@ -246,22 +253,24 @@ def _moved_slab(
 ) -> Tensor:
     """Voxels start to stop of the first axis of ``move``, from as much of the volume as they need.
 
-    What a spline knows of a voxel falls by 3.7 with every voxel of distance.
+    Along that axis the spline is made of a wider part, for what it knows of a voxel falls by 3.7
+    with every voxel of distance; along the others, of no more than is looked at.
     """
-    n, first_mm = volume.ndim - 2, spacing_mm[:, 0]
-    corners = rigid_displacement(
-        motion, [2] * n, spacing_mm * (torch.tensor(volume.shape[2:]).to(spacing_mm) - 1)
-    )
-    reach = int((corners[:, 0].flatten(1).abs().amax(1) / first_mm).max().ceil()) + SPLINE_REACH
-    low, high = max(start - reach, 0), min(stop + reach, volume.shape[2])
-    part = volume[:, :, low:high]
-    offset_mm = ((low + high - volume.shape[2]) / 2) * first_mm  # of the slab's centre
+    sizes, n, first_mm = volume.shape[2:], volume.ndim - 2, spacing_mm[:, 0]
+    corners = rigid_displacement(motion, [2] * n, spacing_mm * (torch.tensor(sizes).to(motion) - 1))
+    moved = int((corners[:, 0].flatten(1).abs().amax(1) / first_mm).max().ceil()) + 1
+    low, high = max(start - moved, 0), min(stop + moved, sizes[0])
+    before, after = max(low - SPLINE_REACH, 0), min(high + SPLINE_REACH, sizes[0])
+    part = refined(volume[:, :, before:after], refine, [0])
+    part = part[:, :, refine * (low - before) : refine * (high - 1 - before) + 1]
+    part = refined(part, refine, range(1, n))
+    offset_mm = (start + stop - sizes[0]) / 2 * first_mm  # of the slab's centre
     of_slab = motion.clone()
     turned = motion[:, :n, 0] - torch.eye(n)[0].to(motion)
     of_slab[:, :n, n] += turned * offset_mm[:, None]
-    displacement = rigid_displacement(of_slab, tuple(part.shape[2:]), spacing_mm)
-    moved = warp(part, displacement, spacing_mm, refine=refine)
-    return moved[:, :, start - low : stop - low]
+    displacement = rigid_displacement(of_slab, (stop - start, *sizes[1:]), spacing_mm)
+    places = places_in((high - low, *sizes[1:]), displacement, spacing_mm, start - low)
+    return sampled(part, places)
 
 
 def gradient_per_mm(

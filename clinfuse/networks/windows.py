@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clinfuse.networks.mapped_memory import within_memory
+
 log = logging.getLogger(__name__)
 
 
@@ -122,15 +124,18 @@ def blended(
         windows: None is one of the whole.
     """
     if windows is None:
-        return evaluate(tuple(slice(0, n) for n in grid))
+        with within_memory():
+            return evaluate(tuple(slice(0, n) for n in grid))
     total, weights = None, torch.zeros(*grid)
     for window in windows.cut(grid):
         weight = windows.weight(window, grid)
         weights[window] += weight
-        answer = evaluate(window)
+        with within_memory():
+            answer = evaluate(window)
+            answer = answer * weight.to(answer)
         if total is None:
             total = answer.new_zeros(*answer.shape[:2], *grid)
-        part_of(total, window).add_(answer * weight.to(answer))
+        part_of(total, window).add_(answer)
     assert total is not None
     return total.div_(weights.to(total))
 

@@ -1,6 +1,6 @@
 """What only the CT shows inside the brain: haemorrhage and calcification."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -22,7 +22,7 @@ GREY_HU, NOISE_STDS = 40.0, 4.5
 """A finding is denser than grey matter by so many standard deviations of the noise left: of 20,000
 voxels of a coarse brain, fewer than one in ten brains has one by chance."""
 
-SMOOTHING_MM = 1.5
+SMOOTHING_MM, TRUNCATE = 1.5, 4.0
 SMALLEST_ML = 0.03
 """Noise of 8 HU in voxels of 4 mm³, smoothed so, does not reach blood over this volume."""
 
@@ -31,6 +31,11 @@ RIM_MM, RIM_VOXELS = 4.0, 2
 
 SMALLEST_AT_RIM_ML = 0.5
 """What ends at that rim may be more of the same, unless it is as large as this."""
+
+LARGEST_SLAB = 2**22
+"""Voxels that are smoothed, or whose distances are measured, at once: some forty bytes each."""
+
+Box = tuple[slice, ...]
 
 
 def ct_dense_findings(
@@ -49,24 +54,48 @@ def ct_dense_findings(
         brain: the intracranial space.
         spacing_mm: voxel size.
     """
-    inside = _without_rim(brain, spacing_mm)
     sigmas = [SMOOTHING_MM / size if size < 2 * SMOOTHING_MM else 0.0 for size in spacing_mm]
+    found = np.zeros(brain.shape, bool)
+    if brain.any():
+        box = _box(brain, [_reach(sigma) + 2 for sigma in sigmas])
+        found[box] = _findings(ct_hu[box], brain[box], spacing_mm, sigmas)
+    return found
+
+
+def _findings(
+    ct_hu: np.ndarray, brain: np.ndarray, spacing_mm: Sequence[float], sigmas: Sequence[float]
+) -> np.ndarray:
+    inside = _without_rim(brain, spacing_mm)
     level_hu = max(BLOOD_HU, GREY_HU + NOISE_STDS * noise_left(ct_hu, inside, sigmas))
-    dense = inside & (_smoothed(ct_hu, inside, sigmas) > level_hu) & (ct_hu > BRAIN_HU)
-    parts, _ = label(dense, np.ones((3, 3, 3)))
+
+    def is_dense(ct_hu: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        return inside & (_smoothed(ct_hu, inside, sigmas) > level_hu) & (ct_hu > BRAIN_HU)
+
+    dense = _slab_by_slab(is_dense, _reach(sigmas[0]), ct_hu, inside)
+    if not dense.any():
+        return dense
+    box = _box(dense)
+    parts, _ = label(dense[box], np.ones((3, 3, 3)))
     volume_ml = np.bincount(parts.ravel()) * np.prod(spacing_mm) / 1000
-    at_rim = np.unique(parts[inside & ~_eroded(inside)])
+    at_rim = np.unique(parts[(inside & ~_eroded(inside))[box]])
     kept = volume_ml >= SMALLEST_ML
     kept[at_rim] &= volume_ml[at_rim] >= SMALLEST_AT_RIM_ML
     kept[0] = False
-    return kept[parts]
+    dense[box] = kept[parts]
+    return dense
 
 
 def _without_rim(brain: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     rim_mm = max(RIM_MM, RIM_VOXELS * max(spacing_mm[1:]))
+
+    def is_deep(brain: np.ndarray) -> np.ndarray:
+        if brain.all():
+            return brain
+        return distance_transform_edt(brain, spacing_mm) > rim_mm
+
     padded = np.pad(brain, 1, mode="edge")
-    deep = distance_transform_edt(padded, spacing_mm)[1:-1, 1:-1, 1:-1] > rim_mm
-    return deep & _eroded(brain)
+    deep = _slab_by_slab(is_deep, int(rim_mm / spacing_mm[0]) + 1, padded)
+    return deep[1:-1, 1:-1, 1:-1] & _eroded(brain)
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
@@ -84,13 +113,18 @@ def noise_left(
     Immerkær (1996), "Fast noise variance estimation": second differences along both axes of a
     slice, which ramps and straight edges don't have, and of their sizes the median.
     """
-    differences = ct_hu.astype(np.float32)
-    for axis in (1, 1, 2, 2):
-        differences = np.diff(differences, axis=axis)
-    is_within = binary_erosion(inside, np.ones((1, 3, 3)))[:, 1:-1, 1:-1]
-    if not is_within.any():
+    rows = max(LARGEST_SLAB // ct_hu[0].size, 1)
+    parts = []
+    for start in range(0, len(ct_hu), rows):
+        differences = ct_hu[start : start + rows].astype(np.float32)
+        for axis in (1, 1, 2, 2):
+            differences = np.diff(differences, axis=axis)
+        is_within = binary_erosion(inside[start : start + rows], np.ones((1, 3, 3)))
+        parts.append(np.abs(differences[is_within[:, 1:-1, 1:-1]]))
+    sizes = np.concatenate(parts)
+    if not len(sizes):
         return 0.0
-    noise_hu = 1.4826 / 6 * np.median(np.abs(differences[is_within]))
+    noise_hu = 1.4826 / 6 * np.median(sizes, overwrite_input=True)
     impulse = np.eye(1, 65, 32)[0]
     gains = [np.linalg.norm(gaussian_filter1d(impulse, sigma)) for sigma in sigmas if sigma]
     return float(noise_hu * np.prod(gains))
@@ -100,6 +134,40 @@ def _smoothed(
     ct_hu: np.ndarray, inside: np.ndarray, sigmas: Sequence[float]
 ) -> Float[np.ndarray, "d h w"]:
     """Mean density of the neighbourhood, of voxels inside only; not across thick slices."""
-    weight = gaussian_filter(inside.astype(np.float32), sigmas)
-    total = gaussian_filter(np.where(inside, ct_hu, 0).astype(np.float32), sigmas)
+    inside_hu = np.where(inside, ct_hu, 0).astype(np.float32)
+    weight = gaussian_filter(inside.astype(np.float32), sigmas, truncate=TRUNCATE)
+    total = gaussian_filter(inside_hu, sigmas, truncate=TRUNCATE)
     return total / np.maximum(weight, 1e-3)
+
+
+def _reach(sigma: float) -> int:
+    """Voxels that a Gaussian sees to either side, as ``gaussian_filter`` counts them."""
+    return int(TRUNCATE * sigma + 0.5)
+
+
+def _box(mask: np.ndarray, margin: Sequence[int] = (0, 0, 0)) -> Box:
+    """The least box around a mask that is not empty, and so many voxels more within the scan."""
+    box = []
+    for axis, more in enumerate(margin):
+        seen = np.flatnonzero(mask.any(tuple(each for each in range(3) if each != axis)))
+        box.append(slice(max(seen[0] - more, 0), seen[-1] + 1 + more))
+    return tuple(box)
+
+
+def _slab_by_slab(
+    of: Callable[..., np.ndarray], reach: int, *volumes: np.ndarray
+) -> Bool[np.ndarray, "d h w"]:
+    """What ``of`` says of the volumes, from ``LARGEST_SLAB`` voxels at once.
+
+    Args:
+        of: says of each voxel what depends on those up to ``reach`` slices away.
+        reach: in slices of the first axis.
+        volumes: of one shape.
+    """
+    depth, rows = len(volumes[0]), max(LARGEST_SLAB // volumes[0][0].size, 1)
+    said = np.empty(volumes[0].shape, bool)
+    for start in range(0, depth, rows):
+        stop, low = min(start + rows, depth), max(start - reach, 0)
+        part = of(*(volume[low : stop + reach] for volume in volumes))
+        said[start:stop] = part[start - low : stop - low]
+    return said

@@ -215,3 +215,15 @@ def test_a_large_volume_is_registered_in_slabs_as_in_one(heads, monkeypatch):
     slabs = found(moving, ct, SPACING_MM)
     assert not torch.equal(slabs, whole)  # sums are taken in another order
     torch.testing.assert_close(slabs, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("refine", [1, 3])
+def test_a_large_volume_is_moved_in_slabs_as_in_one(heads, monkeypatch, refine):
+    ct, _ = heads
+    spacing = torch.tensor([SPACING_MM] * 2)
+    motion = torch.stack([fixed_misregistration(f"{i}", 6, 5).float() for i in (0, 1)])
+    whole = move(ct, motion, spacing, refine)
+    for slices in (1, 7):
+        monkeypatch.setattr(rigid_registration, "LARGEST_SLAB", slices * ct[0].numel() // ODD[0])
+        slabs = move(ct, motion, spacing, refine)
+        torch.testing.assert_close(slabs, whole, rtol=0, atol=2e-5)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from clinfuse.roi import findings
 from clinfuse.roi.findings import SMOOTHING_MM, ct_dense_findings, noise_left
 
 SPACING_MM = (5.0, 0.9, 0.9)
@@ -71,3 +72,28 @@ def test_the_noise_that_is_left_is_what_was_added_but_for_smoothing(sizes, gain)
     sigmas = [SMOOTHING_MM / size if size < 2 * SMOOTHING_MM else 0.0 for size in sizes]
     found = noise_left(ramp, np.ones(ramp.shape, bool), sigmas)
     assert found == pytest.approx(12.0 * gain, rel=0.03)
+
+
+def test_a_large_scan_is_looked_at_slab_by_slab_and_around_the_brain_alone(monkeypatch):
+    rng = np.random.default_rng(0)
+    for case, spacing_mm in enumerate([SPACING_MM, (2.0, 0.9, 0.9)]):
+        ct_hu, brain = brain_ct(noise_hu=8.0, seed=case)
+        for _ in range(6):
+            d, h, w = rng.integers(0, 24), *rng.integers(30, 130, 2)
+            ct_hu[d : d + 3, h : h + 12, w : w + 12] += rng.uniform(20, 200)
+        monkeypatch.setattr(findings, "LARGEST_SLAB", 2**30)
+        whole = ct_dense_findings(ct_hu, brain, spacing_mm)
+        assert whole.sum() > 200
+        for slices in (1, 3):
+            monkeypatch.setattr(findings, "LARGEST_SLAB", slices * brain[0].size)
+            assert np.array_equal(ct_dense_findings(ct_hu, brain, spacing_mm), whole)
+        padding = [(0, 0), (20, 9), (5, 30)]  # air
+        wide = np.pad(ct_hu, padding, constant_values=-1000), np.pad(brain, padding)
+        assert np.array_equal(ct_dense_findings(*wide, spacing_mm), np.pad(whole, padding))
+
+
+def test_a_scan_within_the_brain_has_no_rim_to_leave_out():
+    ct_hu = np.full((12, 40, 40), 35.0, np.float32)
+    ct_hu[4:6, 2:12, 2:12] = 70
+    found = ct_dense_findings(ct_hu, np.ones(ct_hu.shape, bool), SPACING_MM)
+    assert 2 * (found & (ct_hu > 50)).sum() / (found.sum() + (ct_hu > 50).sum()) > 0.8
