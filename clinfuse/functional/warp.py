@@ -168,7 +168,7 @@ def _spacing_rows(spacing_mm: SpacingMm, n: int, like: Tensor) -> Tensor:
 
 
 def _identity_grid(sizes: Sequence[int], like: Tensor, rows: int, first: int) -> Tensor:
-    """Voxel centres from -1 to 1 along each axis, so many rows of the first; 0 where there is one."""
+    """Voxel centres from -1 to 1 along each axis, so many rows of the first; 0 of a single one."""
     axes = [
         torch.linspace(-1, 1, size, dtype=like.dtype, device=like.device)
         if size > 1

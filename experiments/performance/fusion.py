@@ -5,13 +5,14 @@ python experiments/performance/fusion.py [NAME=RUN[,SETTING=VALUE ...] ...] [--s
 
 RUN is a run folder, or ``untrained``: the method as ``conf`` has it with random weights, which
 costs as much. SETTING is ``steps`` or ``members`` of the method, ``memory_gb`` for windows (none
-without it), or any key of the run's configuration (``guidance.eta=0``). Every model fuses a phantom
-brought to each shape (d x h x w) in a process of its own, after a small one to warm up:
-registration, guidance and all members, whose mean is the fused volume and whose spread its
-uncertainty, in the machine's precision. ``call=fuse`` asks for the fused volume alone, which a
-student gives without its members; ``call=model_draws`` for the members of every model draw of the
-run. Memory is the most that fusing added to what was resident with the model and the study loaded,
-and the most that the process held in all.
+without it), ``mapped=true`` for volumes in files (without it, where memory would not hold them), or
+any key of the run's configuration (``guidance.eta=0``). Every model fuses a phantom brought to each
+shape (d x h x w) in a process of its own, after a small one to warm up: registration, guidance and
+all members, whose mean is the fused volume and whose spread its uncertainty, in the machine's
+precision. ``call=fuse`` asks for the fused volume alone, which a student gives without its members;
+``call=model_draws`` for the members of every model draw of the run. Memory is the most that fusing
+added to what was resident with the model and the study loaded, what of that lay in no file, and the
+most that the process held in all.
 
 The reference is run in full, at its own steps, where ``--reference-shapes`` says; there the models
 run once before it and once after, and are compared with it. ``--per-step`` adds what one more step
@@ -21,6 +22,7 @@ other shapes, at five steps). Only what was run in full is called a ratio.
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -50,6 +52,7 @@ from clinfuse.configuration import (
     run_config,
     trained_method,
 )
+from clinfuse.networks.mapped_memory import volumes_mapped
 from clinfuse.networks.windows import limit_memory, windows_used
 from clinfuse.types import FusionBatch
 
@@ -137,6 +140,7 @@ def one(run: str, settings: list[str], shape: list[int], per_step: bool) -> dict
     quiet_libraries()
     own = dict(setting.split("=", 1) for setting in settings)
     call, memory_gb = own.pop("call", "ensemble"), own.pop("memory_gb", None)
+    is_mapped = own.pop("mapped", "false") == "true"
     if call not in CALLS:
         raise ValueError(f"expected call= one of {CALLS}, got {call!r}")
     method = method_of(run, [f"{key}={value}" for key, value in own.items()]).to(DEVICE).eval()
@@ -144,7 +148,7 @@ def one(run: str, settings: list[str], shape: list[int], per_step: bool) -> dict
     drawn = phantom_with_lesion((32, 96, 96))
     fused(method, resized(drawn, (8, 32, 32)), call)
     batch = resized(drawn, shape).to(DEVICE)
-    with peak_memory() as taken:
+    with peak_memory() as taken, volumes_mapped() if is_mapped else nullcontext():
         seconds = seconds_of(lambda: fused(method, batch, call))
     found = {
         "steps": method.steps,
@@ -152,6 +156,7 @@ def one(run: str, settings: list[str], shape: list[int], per_step: bool) -> dict
         "seconds": seconds,
         "mib": taken.mib,
         "process_mib": taken.process_mib,
+        "private_mib": taken.private_mib,
         "windows": windows_used(method),
     }
     if per_step and method.steps > 1:
@@ -188,14 +193,17 @@ def fused(method: Any, batch: FusionBatch, call: str = "ensemble") -> Tensor:
 
 def show_fusion(rows: list[dict[str, Any]]) -> None:
     """Print a table."""
-    print("\n| | shape | steps | s | MiB added | MiB in all | s a step | of the reference |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "\n| | shape | steps | s | MiB added | in no file | in all | s a step | of the reference |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for r in rows:
+        private = r.get("private_mib", float("nan"))
         step = f"{r['seconds_per_step']:.3f}" if "seconds_per_step" in r else ""
         ratio = f"1 / {r['ratio']:.0f}" if "ratio" in r else ""
         print(
             f"| {r['name']} | {written(r['shape'])} | {r.get('steps', '')} | {r['seconds']:.2f} "
-            f"| {r['mib']:.0f} | {r['process_mib']:.0f} | {step} | {ratio} |",
+            f"| {r['mib']:.0f} | {private:.0f} | {r['process_mib']:.0f} | {step} | {ratio} |",
             flush=True,
         )
 

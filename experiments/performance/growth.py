@@ -1,11 +1,15 @@
 """How cost grows with the volume: time and memory at 1, 2, 4 and 8 times the voxels.
 
 python experiments/performance/growth.py [--shapes 16x64x64 ...] [--turns 2] [--out FOLDER]
+    [--windows MODEL [--window-shapes 64x128x128 ...]]
 
 Training step and sampling step of our denoiser, and the fusion of a whole volume by the method as
 ``conf`` has it (untrained; registration, anchor, and two guided steps of five members). Sizes take
 turns in time; memory is that of a process of its own. The exponent is the slope of a straight line
 through logarithms: 1 is in proportion to the voxels.
+
+``--windows`` fuses by a MODEL of ``fusion.py`` instead (``NAME=RUN,memory_gb=0.5,mapped=true``), as
+a rule in windows and with volumes in files: memory is then what is the process's own, beside them.
 """
 
 import argparse
@@ -17,7 +21,7 @@ from statistics import linear_regression, median
 from typing import Any
 
 from cases import noise, phantom_with_lesion, resized
-from fusion import fused
+from fusion import fused, fusing
 from machine import machine
 from measure import (
     DEVICE,
@@ -35,6 +39,7 @@ from steps import training_step, walk
 from clinfuse.networks.fusion_unet import BYTES_PER_FEATURE, FusionUNet
 
 SHAPES = [(16, 64, 64), (32, 64, 64), (32, 64, 128), (32, 128, 128)]
+WINDOW_SHAPES = [(64, 128, 128), (64, 128, 256), (64, 256, 256), (128, 256, 256)]
 FUSION = ["method.steps=2"]
 
 
@@ -42,14 +47,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--windows")
+    parser.add_argument("--window-shapes", nargs="+", type=shape_of, default=WINDOW_SHAPES)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    rows = measured(asked.shapes, asked.turns)
+    if asked.windows:
+        rows = [in_windows(asked.windows, asked.window_shapes)]
+    else:
+        rows = measured(asked.shapes, asked.turns)
     show_growth(rows)
     if asked.out:
         asked.out.mkdir(parents=True, exist_ok=True)
         record = {"machine": machine(), "growth": rows}
-        (asked.out / "growth.json").write_text(json.dumps(record, indent=1) + "\n")
+        name = "growth_in_windows.json" if asked.windows else "growth.json"
+        (asked.out / name).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def measured(shapes: list[tuple[int, ...]] = SHAPES, turns: int = 2) -> list[dict[str, Any]]:
@@ -103,6 +114,14 @@ def peaks(shapes: list[list[int]]) -> list[float]:
             fused(method, batch)
         found.append(taken.mib)
     return found
+
+
+def in_windows(model: str, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
+    """The growth of whole fusions, each in a process of its own."""
+    found = [fusing(model, shape) for shape in shapes]
+    seconds = {written(shape): [each["seconds"]] for shape, each in zip(shapes, found, strict=True)}
+    grown = row(f"fusion, {model}", shapes, seconds, [each["private_mib"] for each in found])
+    return grown | {"windows": [each["windows"] for each in found]}
 
 
 def row(

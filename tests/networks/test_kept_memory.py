@@ -21,7 +21,7 @@ def pages_cleared():
 
 
 def fewest_cleared():
-    """Of several times: a freed block need not fit the next one, once small ones are cut from it."""
+    """Of several times: a freed block that small ones are cut from does not fit the next one."""
     return min(pages_cleared() for _ in range(12))
 
 
