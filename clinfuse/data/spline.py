@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clinfuse.data.jitter import CT_AIR, Interpolation, is_still
 from clinfuse.data.volumes import Box, part_of
-from clinfuse.functional.fmi_cpu import compiled
+from clinfuse.functional.compiled import compiled
 
 BORDER = 2
 """Voxels that the splines of the outermost half voxel reach beyond the grid."""

@@ -4,12 +4,12 @@ Windows that need it are worked out ``LANES`` at a time, and every loop over lan
 compiler turns into vector instructions: its rows have constant places, and nothing in it branches.
 """
 
-from collections.abc import Callable
-from typing import Any, no_type_check  # numba reads types itself, and no checker may come before it
+from typing import no_type_check  # numba reads types itself, and no checker may come before it
 
 import numpy as np
 from jaxtyping import Float32
-from numba import njit
+
+from clinfuse.functional.compiled import compiled, inlined, part_of_loop
 
 WINDOW = 3
 """Pixels a side of the windows whose features are compared."""
@@ -24,23 +24,6 @@ _FLOAT, _INT = np.float32, np.int32
 _ZERO, _ONE = _FLOAT(0), _FLOAT(1)
 _TINY = _FLOAT(1e-18)  # has a logarithm, and times it is nothing
 
-# Nothing here that would lose a NaN: it has to come out where it went in.
-_AS_FAST = {"arcp", "contract", "nsz"}
-_part_of_loop = njit(fastmath=_AS_FAST, error_model="numpy")
-_part = njit(fastmath=_AS_FAST, error_model="numpy", inline="always")
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled at its first call and kept on disk where there is room to write.
-
-    That is beside the source, else in the user's cache; where both are read-only, every process
-    compiles its own.
-    """
-    try:
-        return njit(function, fastmath=_AS_FAST, error_model="numpy", nogil=True, cache=True)
-    except RuntimeError:
-        return njit(function, fastmath=_AS_FAST, error_model="numpy", nogil=True)
-
 
 def window_scores(
     a: Float32[np.ndarray, "s h w"], b: Float32[np.ndarray, "s h w"]
@@ -54,7 +37,7 @@ def window_scores(
     return scores.reshape(a.shape)[:, : inside[0], : inside[1]]
 
 
-@_part_of_loop
+@part_of_loop
 @no_type_check
 def _log(x):
     """The natural logarithm of a positive number, to two units in the last place.
@@ -89,7 +72,7 @@ _SERIES = tuple(
 )
 
 
-@_part
+@inlined
 @no_type_check
 def _compare(a, b, width, scores, windows):
     """Scores of windows that are equal or have no distribution; the others, and how many."""
@@ -119,7 +102,7 @@ def _compare(a, b, width, scores, windows):
     return count
 
 
-@_part
+@inlined
 @no_type_check
 def _distributions(shares, of_window):
     """Features to shares of what they are above their least, each window's entropy and spread."""
@@ -140,7 +123,7 @@ def _distributions(shares, of_window):
             of_window[_ENTROPY, k] -= share * _log(share + _TINY)
 
 
-@_part
+@inlined
 @no_type_check
 def _covariances(shares, of_pair):
     """How the shares of a pair go together; where they do not, b's places are counted backwards.
@@ -158,7 +141,7 @@ def _covariances(shares, of_pair):
             shares[_PLACES - 1 - place, LANES + k] = low if covariance < _ZERO else high
 
 
-@_part
+@inlined
 @no_type_check
 def _cut(shares, cuts, of_window):
     """The distribution function before each place, and the places' variance over the spread."""
@@ -173,7 +156,7 @@ def _cut(shares, cuts, of_window):
         of_window[_SPREAD, k] = variance / of_window[_SPREAD, k]
 
 
-@_part
+@inlined
 @no_type_check
 def _weights(cuts, of_window, of_pair):
     """Phi, the weight of the Fréchet bound in the joint distribution."""
@@ -192,7 +175,7 @@ def _weights(cuts, of_window, of_pair):
         of_pair[_PHI, k] = abs(of_pair[_COVARIANCE, k]) * scale / shared
 
 
-@_part
+@inlined
 @no_type_check
 def _information(cuts, of_pair):
     """Mutual information: of the joint distribution r p q, the sum of r log(r) p q.

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Bool, Float32, Float64
 from torch import Tensor
 
-from clinfuse.functional.fmi_cpu import compiled
-from clinfuse.functional.ssim_cpu import PLACE
+from clinfuse.functional.compiled import PLACE, compiled
 
 SCALES = 4
 """Of the filters: a constant, so that a compiler makes vector instructions of the loops over it."""

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clinfuse.functional.calibration import BINS
-from clinfuse.functional.fmi_cpu import compiled
+from clinfuse.functional.compiled import compiled
 
 FRACTIONS = 100
 """Points of a sparsification curve."""

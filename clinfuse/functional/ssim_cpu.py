@@ -10,8 +10,8 @@ from typing import NamedTuple, no_type_check  # numba reads types itself, no che
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from clinfuse.functional.compiled import PLACE, compiled
 from clinfuse.functional.cores import on_every_core
-from clinfuse.functional.fmi_cpu import compiled
 from clinfuse.functional.gaussian import is_one_voxel, mirrored, window_taps
 
 LEAST_SHARE = 1e-4
@@ -22,10 +22,6 @@ PARTS = 32
 
 _TOGETHER = 4
 """Pairs of rows that are weighted in one go."""
-
-PLACE = (1 << 48) - 1
-"""All bits of a place in memory. Numba counts negative places from the end; where it can see that
-one is not negative, it leaves the loop to vector instructions."""
 
 
 class Window(NamedTuple):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from clinfuse.functional.spacing import SpacingMm
 
+VOXELS_A_BLOCK = 80
+"""Of a spline's axis: its samples see twenty voxels more to either side."""
+
 
 def rigid_matrix(
     rotation_rad: Float[Tensor, "b r"], translation_mm: Float[Tensor, "b n"]
@@ -143,11 +146,36 @@ def refined(
         axes: which spatial axes become finer, 0 the first after the channels; None for all.
     """
     for axis in range(volume.ndim - 2) if axes is None else axes:
-        dim = axis + 2
-        if volume.shape[dim] > 1 and factor > 1:
-            matrix = torch.from_numpy(_spline_matrix(volume.shape[dim], factor)).to(volume)
-            volume = (volume.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
+        if volume.shape[axis + 2] > 1 and factor > 1:
+            volume = _refined_along(volume, factor, axis + 2)
     return volume
+
+
+def _refined_along(volume: Tensor, factor: int, dim: int) -> Tensor:
+    is_last = dim == volume.ndim - 1
+    rows = volume if is_last else volume.flatten(dim + 1)
+    parts = []
+    for seen, weights in _spline_blocks(volume.shape[dim], factor):
+        matrix = torch.from_numpy(weights).to(volume)
+        part = rows.narrow(dim, seen.start, seen.stop - seen.start)
+        parts.append(part @ matrix.T if is_last else matrix @ part)
+    finer = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return finer if is_last else finer.unflatten(dim + 1, volume.shape[dim + 1 :])
+
+
+@lru_cache(maxsize=64)
+def _spline_blocks(size: int, factor: int) -> list[tuple[slice, np.ndarray]]:
+    """``_spline_matrix`` in blocks of rows: the voxels that these see, and their weights.
+
+    Of a long axis most weights are 0.
+    """
+    matrix, blocks = _spline_matrix(size, factor), []
+    count = max(round(size / VOXELS_A_BLOCK), 1)
+    for rows in np.array_split(np.arange(len(matrix)), count):
+        seen = np.flatnonzero(matrix[rows].any(0))
+        voxels = slice(int(seen[0]), int(seen[-1]) + 1)
+        blocks.append((voxels, np.ascontiguousarray(matrix[rows, voxels])))
+    return blocks
 
 
 @lru_cache(maxsize=64)

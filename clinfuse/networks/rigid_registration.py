@@ -23,13 +23,14 @@ from clinfuse.functional.warp import (
 )
 from clinfuse.networks.fusion_unet import crop, pad_to_multiple
 from clinfuse.networks.lean_unet import is_sampling, laid_out
+from clinfuse.networks.mapped_memory import within_memory
 from clinfuse.networks.precision import with_safe_convolutions
 from clinfuse.networks.windows import Windowed, part_of, with_local_norms
 
 LARGEST_SPLINE = 2**26
 """Samples of a spline made at once: 256 MiB."""
 
-LARGEST_SLAB = 2**24
+LARGEST_SLAB = 2**22
 """Voxels of a volume that are moved, or compared, at once: up to forty numbers each."""
 
 SPLINE_REACH = 12
@@ -208,8 +209,8 @@ def _normal_equations(
     axes = _axes_mm(sizes, spacing_mm)
     count = min(-(-moved[0].numel() // LARGEST_SLAB), sizes[0])
     edges = [round(i * sizes[0] / count) for i in range(count + 1)]
-    sums = []
-    for start, stop in pairwise(edges):
+
+    def slab(start: int, stop: int) -> tuple[Tensor, Tensor]:
         low, high = max(start - 1, 0), min(stop + 1, sizes[0])
         slope = gradient_per_mm(moved[:, :, low:high], spacing_mm)[:, :, start - low :]
         slope = slope[:, :, : stop - start]
@@ -219,7 +220,12 @@ def _normal_equations(
         columns = torch.cat([slope, _turning(_grid(rows), slope) / lever_mm], 1).flatten(2)
         weighted = columns * weight.flatten(1)[:, None]
         right = (weighted @ error.flatten(1)[..., None])[..., 0]
-        sums.append((weighted @ columns.mT, right))
+        return weighted @ columns.mT, right
+
+    sums = []
+    for start, stop in pairwise(edges):
+        with within_memory():
+            sums.append(slab(start, stop))
     normals, rights = zip(*sums, strict=True)
     return sum(normals[1:], normals[0]), sum(rights[1:], rights[0])
 
@@ -244,8 +250,12 @@ def move(
             displacement = rigid_displacement(motion, tuple(volume.shape[2:]), spacing_mm)
             return warp(volume, displacement, spacing_mm, refine=refine)
         edges = [round(i * volume.shape[2] / count) for i in range(count + 1)]
-        parts = [_moved_slab(volume, motion, spacing_mm, refine, *ends) for ends in pairwise(edges)]
-        return torch.cat(parts, 2)
+        moved = torch.empty_like(volume)
+        for start, stop in pairwise(edges):
+            with within_memory():
+                slab = _moved_slab(volume, motion, spacing_mm, refine, start, stop)
+            moved[:, :, start:stop] = slab
+        return moved
 
 
 def _moved_slab(
