@@ -32,6 +32,15 @@ def test_distances_at_points_are_those_of_scipys_transform(share, shape):
     np.testing.assert_allclose(found, by_scipy(mask)[points.numpy()], rtol=1e-12)
 
 
+@pytest.mark.parametrize("share", [1e-3, 0.3])
+def test_a_large_masks_distances_are_itks_and_the_same(monkeypatch, share):
+    monkeypatch.setattr(distances, "LARGEST", 1000)
+    monkeypatch.setattr(distances, "distance_transform_edt", None)
+    mask = voxels(share)
+    found = distance_to(mask, SPACING_MM)
+    np.testing.assert_allclose(found, by_scipy(mask), rtol=1e-6, atol=1e-6)
+
+
 def test_few_points_are_looked_up_and_many_are_read_off_the_transform(monkeypatch):
     trees = []
 
