@@ -13,9 +13,6 @@ from torch import Tensor
 
 from clinfuse.functional.spacing import SpacingMm
 
-VOXELS_A_BLOCK = 80
-"""Of a spline's axis: its samples see twenty voxels more to either side."""
-
 
 def rigid_matrix(
     rotation_rad: Float[Tensor, "b r"], translation_mm: Float[Tensor, "b n"]
@@ -118,20 +115,28 @@ def places_in(
     sizes: Sequence[int],
     displacement_mm: Float[Tensor, "b n *dhw"],
     spacing_mm: SpacingMm,
-    first: int = 0,
+    first: Sequence[int] | None = None,
 ) -> Float[Tensor, "b *dhw n"]:
     """Where p + u(p) lies between the ends of a grid, -1 and 1, as ``grid_sample`` counts.
 
     Args:
         sizes: of the grid, in voxels.
-        displacement_mm: u, of all its voxels or of some slices of its first axis.
+        displacement_mm: u, on the grid, or on another of the same voxels.
         spacing_mm: voxel size.
-        first: which voxel of the first axis u begins at.
+        first: which voxel of the grid, or beyond it, u begins at; None for u on the grid itself.
     """
     spacing = _spacing_rows(spacing_mm, len(sizes), displacement_mm)
     per_mm = 2 / (spacing * torch.tensor([max(size - 1, 1) for size in sizes]).to(spacing))
-    identity = _identity_grid(sizes, spacing, displacement_mm.shape[2], first)
-    grid = identity + displacement_mm * per_mm.reshape(*per_mm.shape, *[1] * len(sizes))
+    if first is None:
+        voxels = _identity_grid(sizes, spacing)
+    else:
+        lengths = zip(first, displacement_mm.shape[2:], sizes, strict=True)
+        axes = [
+            torch.arange(start, start + length).to(spacing) * (2 / max(size - 1, 1)) - 1
+            for start, length, size in lengths
+        ]
+        voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    grid = voxels + displacement_mm * per_mm.reshape(*per_mm.shape, *[1] * len(sizes))
     return grid.movedim(1, -1).flip(-1)  # grid_sample wants (x, y, z) = (w, h, d) last
 
 
@@ -152,33 +157,13 @@ def refined(
 
 
 def _refined_along(volume: Tensor, factor: int, dim: int) -> Tensor:
-    is_last = dim == volume.ndim - 1
-    rows = volume if is_last else volume.flatten(dim + 1)
-    parts = []
-    for seen, weights in _spline_blocks(volume.shape[dim], factor):
-        matrix = torch.from_numpy(weights).to(volume)
-        part = rows.narrow(dim, seen.start, seen.stop - seen.start)
-        parts.append(part @ matrix.T if is_last else matrix @ part)
-    finer = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    return finer if is_last else finer.unflatten(dim + 1, volume.shape[dim + 1 :])
+    matrix = torch.from_numpy(_spline_matrix(volume.shape[dim], factor)).to(volume)
+    if dim == volume.ndim - 1:
+        return volume @ matrix.T
+    return (matrix @ volume.flatten(dim + 1)).unflatten(dim + 1, volume.shape[dim + 1 :])
 
 
-@lru_cache(maxsize=64)
-def _spline_blocks(size: int, factor: int) -> list[tuple[slice, np.ndarray]]:
-    """``_spline_matrix`` in blocks of rows: the voxels that these see, and their weights.
-
-    Of a long axis most weights are 0.
-    """
-    matrix, blocks = _spline_matrix(size, factor), []
-    count = max(round(size / VOXELS_A_BLOCK), 1)
-    for rows in np.array_split(np.arange(len(matrix)), count):
-        seen = np.flatnonzero(matrix[rows].any(0))
-        voxels = slice(int(seen[0]), int(seen[-1]) + 1)
-        blocks.append((voxels, np.ascontiguousarray(matrix[rows, voxels])))
-    return blocks
-
-
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _spline_matrix(size: int, factor: int) -> np.ndarray:
     """Row i holds the weights of the voxels in sample i of the spline (de Boor 1978).
 
@@ -195,13 +180,12 @@ def _spacing_rows(spacing_mm: SpacingMm, n: int, like: Tensor) -> Tensor:
     return torch.as_tensor(spacing_mm, dtype=like.dtype, device=like.device).reshape(-1, n)
 
 
-def _identity_grid(sizes: Sequence[int], like: Tensor, rows: int, first: int) -> Tensor:
-    """Voxel centres from -1 to 1 along each axis, so many rows of the first; 0 of a single one."""
+def _identity_grid(sizes: Sequence[int], like: Tensor) -> Tensor:
+    """Voxel centres from -1 to 1 along each axis; 0 along an axis of one voxel."""
     axes = [
         torch.linspace(-1, 1, size, dtype=like.dtype, device=like.device)
         if size > 1
         else like.new_zeros(1)
         for size in sizes
     ]
-    axes[0] = axes[0][first : first + rows]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))

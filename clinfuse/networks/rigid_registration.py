@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import torch
 from einops import rearrange
@@ -32,6 +32,9 @@ LARGEST_SPLINE = 2**26
 
 LARGEST_SLAB = 2**22
 """Voxels of a volume that are moved, or compared, at once: up to forty numbers each."""
+
+BLOCK = 64
+"""Voxels a side of the blocks that larger volumes are moved in: their splines fit into caches."""
 
 SPLINE_REACH = 12
 """Voxels beyond which a cubic spline through others is the same to 1e-6."""
@@ -239,48 +242,60 @@ def move(
     """The volume seen through a rigid motion A in mm: out(p) = volume(A p), in full precision.
 
     ``refine`` as in ``functional.warp.warp``. A volume of more than ``LARGEST_SLAB`` voxels, or
-    whose spline would have more than ``LARGEST_SPLINE`` samples, is moved slab by slab.
+    whose spline would have more than ``LARGEST_SPLINE`` samples, is moved block by block.
     """
     with torch.autocast(volume.device.type, enabled=False):
         volume = volume.float()
         samples = volume.numel() * refine ** (volume.ndim - 2)
-        slabs = max(-(-samples // LARGEST_SPLINE), -(-volume.numel() // LARGEST_SLAB))
-        count = min(slabs, volume.shape[2])
-        if count == 1:
+        if volume.numel() <= LARGEST_SLAB and samples <= LARGEST_SPLINE:
             displacement = rigid_displacement(motion, tuple(volume.shape[2:]), spacing_mm)
             return warp(volume, displacement, spacing_mm, refine=refine)
-        edges = [round(i * volume.shape[2] / count) for i in range(count + 1)]
         moved = torch.empty_like(volume)
-        for start, stop in pairwise(edges):
+        corners = product(*(range(0, size, BLOCK) for size in volume.shape[2:]))
+        for corner in corners:
+            ends = zip(corner, volume.shape[2:], strict=True)
+            block = tuple(slice(start, min(start + BLOCK, size)) for start, size in ends)
             with within_memory():
-                slab = _moved_slab(volume, motion, spacing_mm, refine, start, stop)
-            moved[:, :, start:stop] = slab
+                part = _moved_block(volume, motion, spacing_mm, refine, block)
+            part_of(moved, block).copy_(part)
         return moved
 
 
-def _moved_slab(
-    volume: Tensor, motion: Tensor, spacing_mm: Tensor, refine: int, start: int, stop: int
+def _moved_block(
+    volume: Tensor, motion: Tensor, spacing_mm: Tensor, refine: int, block: tuple[slice, ...]
 ) -> Tensor:
-    """Voxels start to stop of the first axis of ``move``, from as much of the volume as they need.
+    """A block of what ``move`` returns, from as much of the volume as it needs.
 
-    Along that axis the spline is made of a wider part, for what it knows of a voxel falls by 3.7
-    with every voxel of distance; along the others, of no more than is looked at.
+    The spline is made of a wider part along each axis in turn, for what it knows of a voxel falls
+    by 3.7 with every voxel of distance.
     """
-    sizes, n, first_mm = volume.shape[2:], volume.ndim - 2, spacing_mm[:, 0]
-    corners = rigid_displacement(motion, [2] * n, spacing_mm * (torch.tensor(sizes).to(motion) - 1))
-    moved = int((corners[:, 0].flatten(1).abs().amax(1) / first_mm).max().ceil()) + 1
-    low, high = max(start - moved, 0), min(stop + moved, sizes[0])
-    before, after = max(low - SPLINE_REACH, 0), min(high + SPLINE_REACH, sizes[0])
-    part = refined(volume[:, :, before:after], refine, [0])
-    part = part[:, :, refine * (low - before) : refine * (high - 1 - before) + 1]
-    part = refined(part, refine, range(1, n))
-    offset_mm = (start + stop - sizes[0]) / 2 * first_mm  # of the slab's centre
-    of_slab = motion.clone()
-    turned = motion[:, :n, 0] - torch.eye(n)[0].to(motion)
-    of_slab[:, :n, n] += turned * offset_mm[:, None]
-    displacement = rigid_displacement(of_slab, (stop - start, *sizes[1:]), spacing_mm)
-    places = places_in((high - low, *sizes[1:]), displacement, spacing_mm, start - low)
-    return sampled(part, places)
+    n, sizes = len(block), volume.shape[2:]
+    starts, shape = [axis.start for axis in block], [axis.stop - axis.start for axis in block]
+    centre = [axis.start + axis.stop - size for axis, size in zip(block, sizes, strict=True)]
+    offset_mm = torch.tensor(centre).to(motion) / 2 * spacing_mm
+    of_block = motion.clone()
+    turned = (motion[:, :n, :n] - torch.eye(n).to(motion)) @ offset_mm[..., None]
+    of_block[:, :n, n:] += turned
+    displacement = rigid_displacement(of_block, shape, spacing_mm)
+    seen, wide = [], []
+    for axis, size in enumerate(sizes):
+        places = displacement[:, axis] / spacing_mm[:, axis].reshape(-1, *[1] * n)
+        places = places + torch.arange(starts[axis], starts[axis] + shape[axis]).to(places).reshape(
+            [-1 if each == axis else 1 for each in range(n)]
+        )
+        low, high = (int(end.item()) for end in (places.min().floor(), places.max().ceil()))
+        low, high = (min(max(end, 0), size - 1) for end in (low, high))
+        seen.append(slice(low, high + 1))
+        wide.append(slice(max(low - SPLINE_REACH, 0), min(high + 1 + SPLINE_REACH, size)))
+    part = part_of(volume, wide if refine > 1 else seen)
+    if refine > 1:
+        for axis, (near, far) in enumerate(zip(seen, wide, strict=True)):
+            finer = refined(part, refine, [axis])
+            start, length = near.start - far.start, near.stop - near.start
+            part = finer.narrow(axis + 2, refine * start, refine * (length - 1) + 1)
+    first = [start - near.start for start, near in zip(starts, seen, strict=True)]
+    lengths = [near.stop - near.start for near in seen]
+    return sampled(part, places_in(lengths, displacement, spacing_mm, first))
 
 
 def gradient_per_mm(

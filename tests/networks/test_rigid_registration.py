@@ -218,12 +218,24 @@ def test_a_large_volume_is_registered_in_slabs_as_in_one(heads, monkeypatch):
 
 
 @pytest.mark.parametrize("refine", [1, 3])
-def test_a_large_volume_is_moved_in_slabs_as_in_one(heads, monkeypatch, refine):
+@pytest.mark.parametrize("far_mm", [0.0, 5.0, 500.0])
+def test_a_large_volume_is_moved_in_blocks_as_in_one(heads, monkeypatch, refine, far_mm):
     ct, _ = heads
     spacing = torch.tensor([SPACING_MM] * 2)
     motion = torch.stack([fixed_misregistration(f"{i}", 6, 5).float() for i in (0, 1)])
+    motion[1, :3, 3] += far_mm  # in the end nothing of the head is left in view
     whole = move(ct, motion, spacing, refine)
-    for slices in (1, 7):
-        monkeypatch.setattr(rigid_registration, "LARGEST_SLAB", slices * ct[0].numel() // ODD[0])
-        slabs = move(ct, motion, spacing, refine)
-        torch.testing.assert_close(slabs, whole, rtol=0, atol=2e-5)
+    monkeypatch.setattr(rigid_registration, "LARGEST_SLAB", 1)
+    for side in (5, 16):
+        monkeypatch.setattr(rigid_registration, "BLOCK", side)
+        blocks = move(ct, motion, spacing, refine)
+        torch.testing.assert_close(blocks, whole, rtol=0, atol=2e-5)
+
+
+def test_a_large_volume_that_is_one_voxel_deep_is_moved_in_blocks_too(heads, monkeypatch):
+    ct, spacing = heads[0][:1, :, 3:4], torch.tensor([SPACING_MM])
+    motion = fixed_misregistration("0", 3, 3).float()[None]
+    whole = move(ct, motion, spacing, 3)
+    monkeypatch.setattr(rigid_registration, "LARGEST_SLAB", 1)
+    monkeypatch.setattr(rigid_registration, "BLOCK", 16)
+    torch.testing.assert_close(move(ct, motion, spacing, 3), whole, rtol=0, atol=2e-5)
