@@ -368,11 +368,11 @@ def fuser_of(saved: DictConfig, cfg: DictConfig) -> Fuser:
 def fused_by(fuser: Fuser, study: Study, cfg: DictConfig) -> Fusion:
     """The patient fused; the noise depends on the run's seed alone."""
     members = getattr(fuser.method, "members", 1)
-    with mapped_where_large(study.mri.numel(), members) as is_mapped:
+    with mapped_where_large(study.mri.numel(), members) as folder:
         fusion = _fused_by(fuser, study, cfg)
-    if not is_mapped:
+    if folder is None:
         return fusion
-    where = f"in files in {tempfile.gettempdir()}, since memory would not hold them"
+    where = f"in files in {folder}, since memory would not hold them"
     return replace(fusion, facts={**fusion.facts, "volumes": where})
 
 

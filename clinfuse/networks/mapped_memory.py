@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,7 @@ VOLUMES, VOLUMES_A_MEMBER = 40, 5
 
 
 @contextmanager
-def mapped_where_large(voxels: int, members: int = 1) -> Iterator[bool]:
+def mapped_where_large(voxels: int, members: int = 1) -> Iterator[Path | None]:
     """``volumes_mapped`` where fusing so large a volume would take half of the memory that is free.
 
     The other half is for the networks' windows (``memory_gb=auto``).
@@ -39,14 +40,14 @@ def mapped_where_large(voxels: int, members: int = 1) -> Iterator[bool]:
         members: of each.
 
     Yields:
-        whether volumes are mapped.
+        the folder whose files volumes are mapped to; None where they are not.
     """
     needed = 4 * voxels * (VOLUMES + VOLUMES_A_MEMBER * members)
-    if _Mapped.entered or needed < free_memory() / 2:
-        yield _Mapped.entered > 0
+    if _Mapped.folders or needed < free_memory() / 2:
+        yield _Mapped.folders[-1] if _Mapped.folders else None
         return
     with volumes_mapped(smallest=SMALLEST):
-        yield _Mapped.entered > 0
+        yield _Mapped.folders[-1] if _Mapped.folders else None
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def volumes_mapped(folder: str | Path | None = None, smallest: int = SMALLEST) -
     space is free again with the tensor. Where files cannot be so (Windows) nothing happens.
 
     Args:
-        folder: of the files, on a disk and not in memory; None is the system's for such (TMPDIR).
+        folder: of the files, on a disk and not in memory; None is ``folder_on_disk``.
         smallest: numbers in a tensor from which it is mapped.
 
     Raises:
@@ -67,12 +68,30 @@ def volumes_mapped(folder: str | Path | None = None, smallest: int = SMALLEST) -
     if sys.platform == "win32":
         yield
         return
-    _Mapped.entered += 1
+    place = folder_on_disk() if folder is None else Path(folder)
+    _Mapped.folders.append(place)
     try:
-        with _Mapped(Path(folder or tempfile.gettempdir()), smallest):
+        with _Mapped(place, smallest):
             yield
     finally:
-        _Mapped.entered -= 1
+        _Mapped.folders.pop()
+
+
+def folder_on_disk() -> Path:
+    """The system's folder for passing files (TMPDIR), or if that is in memory another one.
+
+    Some systems keep /tmp in memory, where files would take what they are to save.
+    """
+    folders = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
+    usable = [each for each in folders if each.is_dir() and os.access(each, os.W_OK)]
+    return next((each for each in usable if not _is_in_memory(each)), folders[0])
+
+
+def _is_in_memory(folder: Path) -> bool:
+    kinds = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    place = folder.resolve()
+    mount = next((each for each in (place, *place.parents) if each in kinds), None)
+    return mount is not None and kinds[mount] in ("tmpfs", "ramfs")
 
 
 @contextmanager
@@ -88,7 +107,8 @@ def within_memory() -> Iterator[None]:
 class _Mapped(TorchDispatchMode):
     """Hands each operator with a large result a mapped file to write it to."""
 
-    entered, paused = 0, 0
+    folders: ClassVar[list[Path]] = []
+    paused = 0
 
     def __init__(self, folder: Path, smallest: int) -> None:
         super().__init__()

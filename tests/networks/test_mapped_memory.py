@@ -1,6 +1,7 @@
 import errno
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from clinfuse.networks import mapped_memory
-from clinfuse.networks.mapped_memory import mapped_where_large, volumes_mapped, within_memory
+from clinfuse.networks.mapped_memory import (
+    folder_on_disk,
+    mapped_where_large,
+    volumes_mapped,
+    within_memory,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc says where a tensor lies")
 
@@ -143,8 +149,25 @@ def test_volumes_are_mapped_where_memory_would_not_hold_them(monkeypatch, free, 
     """A million voxels and two members are 50 volumes of 4 MB, and half of what is free theirs."""
     monkeypatch.setattr(mapped_memory, "free_memory", lambda: free)
     monkeypatch.setattr(mapped_memory, "SMALLEST", SMALLEST)
-    with mapped_where_large(10**6, members=2) as said:
+    with mapped_where_large(10**6, members=2) as folder:
         with mapped_where_large(1) as within:
             made = VOLUME + 1
-        assert said == within == is_mapped == ("clinfuse-" in in_files(made))
+        assert folder == within == (folder_on_disk() if is_mapped else None)
+        assert ("clinfuse-" in in_files(made)) == is_mapped
     assert "clinfuse-" not in in_files(VOLUME + 1)
+
+
+def test_a_folder_in_memory_is_passed_over_for_one_on_a_disk(monkeypatch, tmp_path):
+    in_memory, on_disk = tmp_path / "memory", tmp_path / "disk"
+    for folder in (in_memory / "deep", on_disk):
+        folder.mkdir(parents=True)
+    kinds = {in_memory: "tmpfs", tmp_path: "ext4", Path("/"): "ext4", Path("/var/tmp"): "tmpfs"}
+    mounts = [type("Mount", (), {"mountpoint": m, "fstype": k}) for m, k in kinds.items()]
+    monkeypatch.setattr(mapped_memory.psutil, "disk_partitions", lambda all: mounts)
+    monkeypatch.chdir(on_disk)
+    monkeypatch.setattr(tempfile, "tempdir", str(on_disk / ".."))
+    assert folder_on_disk() == Path(on_disk / "..")
+    monkeypatch.setattr(tempfile, "tempdir", str(in_memory / "deep"))
+    assert folder_on_disk() == on_disk
+    monkeypatch.chdir(in_memory)
+    assert folder_on_disk() == in_memory / "deep"
