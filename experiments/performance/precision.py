@@ -8,14 +8,15 @@ arithmetic, the machine's training precision (see ``conf/trainer``) for the othe
 U-Net's own forward, but for ``lean_unet`` and what is kept of freed memory. ``differs`` is the
 largest difference of the predicted velocity, as a share of its range. The network has had
 twenty steps of training on a phantom; with a run, its own denoiser is taken, and its whole fusion
-is compared as well, as a share of model space's range of 2. Memory is that of training steps in a
-process of its own. PART is one of what it says that it has measured, ``compiler`` for one.
+of six phantoms is compared as well, as a share of model space's range of 2. Memory is that of
+training steps in a process of its own. PART is one of what it says that it has measured,
+``compiler`` for one.
 """
 
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -115,7 +116,7 @@ def measured(
     if with_compiler:
         parts["compiler"] = lambda: compiled(state, batch, turns)
     if run:
-        parts["whole fusion"] = lambda: whole_fusion(run, batch)
+        parts["whole fusion"] = lambda: whole_fusion(run)
     if unknown := set(only or ()) - set(parts):
         raise SystemExit(f"expected --parts among {', '.join(parts)}, got {', '.join(unknown)}")
     parts = {name: part for name, part in parts.items() if not only or name in only}
@@ -380,23 +381,49 @@ def averaging(turns: int) -> Variant:
     return Variant("EMA without copies", "an update", s["plain"], s["changed"])
 
 
-def whole_fusion(run: str, batch: FusionBatch) -> list[Variant]:
-    """The fused volume of a run in half precision, beside single precision."""
+def whole_fusion(run: str, cases: int = 6) -> list[Variant]:
+    """The fused volume of a run in half precision, beside single precision, of several phantoms.
+
+    Once as it is, and once with the motion of the CT that single precision finds.
+    """
     from clinfuse.configuration import trained_method
 
     method = trained_method(run).to(DEVICE)
-    fused, seconds = {}, {}
-    for precision in ("32-true", "bf16-mixed"):
-        with torch.no_grad(), autocast(precision):
-            method.fuse(batch)
-            seconds[precision] = seconds_of(
-                lambda p=precision: fused.update({p: method.fuse(batch).float()})
-            )
-    off = (fused["bf16-mixed"] - fused["32-true"]).abs()
-    note = f"mean {float(off.mean()) / DATA_RANGE:.1e}"
-    name = "bf16-mixed autocast"
-    s = seconds["32-true"], seconds["bf16-mixed"]
-    return [Variant(name, "whole fusion", *s, "s", float(off.max()) / DATA_RANGE, note)]
+    anchor = method.anchor if hasattr(method, "anchor") else method.teacher.anchor
+    found = anchor.registration.forward
+    seconds: dict[str, list[float]] = {"32-true": [], "bf16-mixed": [], "same motion": []}
+    off: dict[str, list[Tensor]] = {"bf16-mixed": [], "same motion": []}
+    for case in range(cases):
+        batch = phantom(case, 77 + case, (32, 96, 96), ("t1", "t2", "adc")[case % 3]).to(DEVICE)
+        fused, motions = {}, []
+
+        def kept(*sources: Tensor) -> Any:
+            registration = found(*sources)
+            motions.append(registration.motion)  # noqa: B023
+            return registration
+
+        def moved(*sources: Tensor) -> Any:
+            return replace(found(*sources), motion=motions[0])  # noqa: B023
+
+        for name, forward in (("32-true", kept), ("bf16-mixed", found), ("same motion", moved)):
+            anchor.registration.forward = forward
+            with torch.no_grad(), autocast("bf16-mixed" if name == "same motion" else name):
+                seconds[name].append(
+                    seconds_of(lambda n=name: fused.update({n: method.fuse(batch).float()}))  # noqa: B023
+                )
+        for name, each in off.items():
+            each.append((fused[name] - fused["32-true"]).abs() / DATA_RANGE)
+    times = {name: median(each) for name, each in seconds.items()}
+    rows = []
+    for name, label in (("bf16-mixed", ""), ("same motion", ", CT moved as in single precision")):
+        largest = max(float(each.max()) for each in off[name])
+        usual = sum(float(each.mean()) for each in off[name]) / cases
+        variant = f"bf16-mixed autocast{label}"
+        note = f"mean {usual:.1e}"
+        rows.append(
+            Variant(variant, "whole fusion", times["32-true"], times[name], "s", largest, note)
+        )
+    return rows
 
 
 def show_variants(found: list[Variant]) -> None:
