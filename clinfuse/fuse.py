@@ -7,11 +7,13 @@ A cohort: ``python -m clinfuse.fuse run=RUN studies=FOLDER out=FOLDER``, by one 
 number of the same command at once, which may stop and start.
 """
 
+import math
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from clinfuse.configuration import (
 )
 from clinfuse.data.paired_volumes import study_item
 from clinfuse.data.studies import STUDY_FILES, Study, load_pair, load_study, study_folders
+from clinfuse.data.volumes import read_grid
 from clinfuse.data.worklist import Worklist, begun_alike, digest_of, share_of
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.objective import lesion_probability
@@ -205,7 +208,7 @@ def fuse_cohort(settings: Sequence[DictConfig], cfg: DictConfig) -> None:
     worklist = Worklist(out, list(folders), share)
 
     def make(case: str, scratch: Path) -> None:
-        study = load_study(folders[case], settings[0].data.ct_map, cfg.cache_dir)
+        study = study_in(folders[case], settings[0], cfg)
         fusions = [fused_by(fuser, study, cfg) for fuser in fusers]
         for fusion in fusions:
             folder = scratch / (fusion.preset if len(fusions) > 1 else "")
@@ -305,7 +308,8 @@ def read_study(cfg: DictConfig, saved: DictConfig) -> Study:
     files = {name: Path(cfg[name]) for name in STUDY_FILES if cfg.get(name)}
     name = shown_name(cfg)
     if not any(files[scan].is_dir() for scan in ("mri", "ct")):
-        return load_pair(files, name, None, saved.data.ct_map, cfg.cache_dir)
+        with mapped_where_large(voxels_of(files["mri"])):
+            return load_pair(files, name, None, saved.data.ct_map, cfg.cache_dir)
     kept = Path(cfg.out) / "study"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cfg.out, prefix=".preparing.") as folder:
@@ -317,7 +321,21 @@ def read_study(cfg: DictConfig, saved: DictConfig) -> Study:
         print(f"prepared: {made.quality.verdict}{said and ': '}{said}")
         shutil.rmtree(kept, ignore_errors=True)
         made.folder.replace(kept)
-    return replace(load_study(kept, saved.data.ct_map, cfg.cache_dir), case_id=name)
+    return replace(study_in(kept, saved, cfg), case_id=name)
+
+
+def study_in(folder: Path, saved: DictConfig, cfg: DictConfig) -> Study:
+    """A study folder, mapped as the run's own data were."""
+    with mapped_where_large(voxels_of(folder / "mri.nii.gz", folder / "mri.nii")):
+        return load_study(folder, saved.data.ct_map, cfg.cache_dir)
+
+
+def voxels_of(*paths: Path) -> int:
+    """Of the first NIfTI file that there is; 0 where it can't be read, which its reader says."""
+    for path in filter(Path.is_file, paths):
+        with suppress(ValueError, OSError):
+            return math.prod(read_grid(path).shape)
+    return 0
 
 
 def shown_name(cfg: DictConfig) -> str:
