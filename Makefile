@@ -62,7 +62,7 @@ smoke: $(INSTALLED)  ## train every method a few steps and fuse: volumes, grey a
 tables: $(INSTALLED)  ## run every sweep of conf/sweep, two at a time, and write its tables: goes on where it stopped
 	printf '%s\n' $(SWEEPS) | OMP_NUM_THREADS=1 xargs -P 2 -I NAME $(PY) -m clinfuse.train -m sweep=NAME scale=$(SCALE)
 
-bench: $(INSTALLED)  ## time everything beside public references: a table, a JSON and a plot (eight minutes)
+bench: $(INSTALLED)  ## time everything beside public references: a table, a JSON and a plot (twelve minutes)
 	$(PY) experiments/performance/bench.py --out runs/bench/$(NOW)
 
 notebooks: $(INSTALLED)  ## execute every notebook from top to bottom
