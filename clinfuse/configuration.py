@@ -101,7 +101,7 @@ def swept() -> str:
     own = [str(override) for override in OmegaConf.to_container(hydra.overrides.task) or []]
     jobs = json.loads(record.read_text())["jobs"] if record.is_file() else []
     for job in jobs:
-        if set(job) <= set(own):
+        if job and set(job) <= set(own):
             return ",".join(job)
     params = hydra.sweeper.get("params") or {}
     of_params = [override for override in own if override.split("=")[0] in params]

@@ -64,7 +64,8 @@ def asked_of(config: DictConfig) -> list[str]:
 def jobs_of(config: DictConfig) -> list[list[str]]:
     """What each job of a grid has of its own; empty for a sweep that finds its jobs on the way.
 
-    Of the command line and ``hydra.sweeper.params``, multiplied out by Hydra's own sweeper.
+    Of the command line and ``hydra.sweeper.params``, multiplied out by Hydra's own sweeper. What the
+    params sweep is a job's own, even if the command line leaves it one value.
     """
     if "basic_sweeper" not in config.hydra.sweeper._target_:
         return []
@@ -72,5 +73,9 @@ def jobs_of(config: DictConfig) -> list[list[str]]:
     asked = [*(f"{name}={value}" for name, value in params.items()), *asked_of(config)]
     parsed = OverridesParser.create().parse_overrides(overrides=asked)
     last = {override.get_key_element(): override for override in parsed}
-    swept = [override for override in last.values() if override.is_sweep_override()]
+    swept = [
+        override
+        for name, override in last.items()
+        if override.is_sweep_override() or name in params
+    ]
     return [list(job) for job in BasicSweeper.split_arguments(swept, None)[0]]

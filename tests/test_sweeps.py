@@ -65,6 +65,13 @@ def test_every_sweep_has_jobs_that_compose_at_either_scale(sweep, scale):
         get_class(end.method._target_)
 
 
+def test_a_sweep_that_the_command_line_leaves_one_value_has_one_job_of_that_name():
+    cfg = composed("sweep=networks", "network=local")
+    assert jobs_of(cfg) == [["network=local"]]
+    cfg.hydra.overrides.task.append("seed=1,2")
+    assert jobs_of(cfg) == [["network=local", f"seed={seed}"] for seed in (1, 2)]
+
+
 def test_every_score_that_a_sweeps_table_shows_is_one_that_runs_have(smoke_run):
     rows = pd.read_csv(smoke_run / "cases.csv")
     known = set(rows["roi"] + "/" + rows["metric"])
