@@ -64,8 +64,8 @@ def asked_of(config: DictConfig) -> list[str]:
 def jobs_of(config: DictConfig) -> list[list[str]]:
     """What each job of a grid has of its own; empty for a sweep that finds its jobs on the way.
 
-    Of the command line and ``hydra.sweeper.params``, multiplied out by Hydra's own sweeper. What the
-    params sweep is a job's own, even if the command line leaves it one value.
+    Of the command line and ``hydra.sweeper.params``, multiplied out by Hydra's own sweeper. What
+    the params sweep is a job's own, even if the command line leaves it one value.
     """
     if "basic_sweeper" not in config.hydra.sweeper._target_:
         return []
