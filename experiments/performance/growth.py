@@ -21,7 +21,7 @@ from statistics import linear_regression, median
 from typing import Any
 
 from cases import noise, phantom_with_lesion, resized
-from fusion import fused, fusing
+from fusion import fused, fusing, parsed
 from machine import machine
 from measure import (
     DEVICE,
@@ -120,7 +120,9 @@ def in_windows(model: str, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
     """The growth of whole fusions, each in a process of its own."""
     found = [fusing(model, shape) for shape in shapes]
     seconds = {written(shape): [each["seconds"]] for shape, each in zip(shapes, found, strict=True)}
-    grown = row(f"fusion, {model}", shapes, seconds, [each["private_mib"] for each in found])
+    name, run, settings = parsed(model)
+    work = f"fusion, {name}={','.join([Path(run).name, *settings])}"
+    grown = row(work, shapes, seconds, [each["private_mib"] for each in found])
     return grown | {"windows": [each["windows"] for each in found]}
 
 
