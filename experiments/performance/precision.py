@@ -387,12 +387,14 @@ def whole_fusion(run: str, cases: int = 6) -> list[Variant]:
     Once as it is, and once with the motion of the CT that single precision finds.
     """
     from clinfuse.configuration import trained_method
+    from clinfuse.networks.rigid_registration import registration_error_mm
 
     method = trained_method(run).to(DEVICE)
     anchor = method.anchor if hasattr(method, "anchor") else method.teacher.anchor
     found = anchor.registration.forward
     seconds: dict[str, list[float]] = {"32-true": [], "bf16-mixed": [], "same motion": []}
     off: dict[str, list[Tensor]] = {"bf16-mixed": [], "same motion": []}
+    apart_mm: list[float] = []
     for case in range(cases):
         batch = phantom(case, 77 + case, (32, 96, 96), ("t1", "t2", "adc")[case % 3]).to(DEVICE)
         fused, motions = {}, []
@@ -403,7 +405,12 @@ def whole_fusion(run: str, cases: int = 6) -> list[Variant]:
             return registration
 
         def moved(*sources: Tensor) -> Any:
-            return replace(found(*sources), motion=motions[0])  # noqa: B023
+            registration = found(*sources)
+            brain, spacing_mm = batch.brain.float(), batch.spacing_mm  # noqa: B023
+            apart_mm.append(
+                float(registration_error_mm(motions[0], registration.motion, brain, spacing_mm))  # noqa: B023
+            )
+            return replace(registration, motion=motions[0])  # noqa: B023
 
         for name, forward in (("32-true", kept), ("bf16-mixed", found), ("same motion", moved)):
             anchor.registration.forward = forward
@@ -419,7 +426,7 @@ def whole_fusion(run: str, cases: int = 6) -> list[Variant]:
         largest = max(float(each.max()) for each in off[name])
         usual = sum(float(each.mean()) for each in off[name]) / cases
         variant = f"bf16-mixed autocast{label}"
-        note = f"mean {usual:.1e}"
+        note = f"mean {usual:.1e}, motions up to {max(apart_mm):.3f} mm apart"
         rows.append(
             Variant(variant, "whole fusion", times["32-true"], times[name], "s", largest, note)
         )

@@ -27,7 +27,11 @@ from clinfuse.data.paired_volumes import study_item
 from clinfuse.data.phantoms import make_phantom, write_study
 from clinfuse.data.studies import load_study
 from clinfuse.networks import windows
-from clinfuse.networks.rigid_registration import Registration, SynthesisRegistration
+from clinfuse.networks.rigid_registration import (
+    Registration,
+    SynthesisRegistration,
+    registration_error_mm,
+)
 from clinfuse.networks.windows import Windowed, Windows, limit_memory, windows_used
 from clinfuse.reporting.figures import figure_png
 from clinfuse.types import DATA_RANGE, FusionBatch
@@ -55,7 +59,8 @@ def main() -> None:
     with torch.no_grad():
         with motions() as found:
             whole, _ = fused(method, batch, None)
-        blended, used = fused(method, batch, asked.memory)
+        with motions() as again:
+            blended, used = fused(method, batch, asked.memory)
         with motions(found):
             alike, _ = fused(method, batch, asked.memory)
         overlapping = windows.windows_within
@@ -63,6 +68,10 @@ def main() -> None:
         cut, _ = fused(method, batch, asked.memory)
         windows.windows_within = overlapping
     print(f"windows of {used}")
+    if found:
+        brain = batch.brain.to(batch.mri.dtype)
+        apart_mm = registration_error_mm(found[0], again[0], brain, batch.spacing_mm)
+        print(f"the motions found are {float(apart_mm):.5f} mm apart in the brain")
     shown = (
         ("blended", blended),
         ("blended, CT moved as in the whole", alike),
