@@ -277,13 +277,14 @@ def _moved_block(
     turned = (motion[:, :n, :n] - torch.eye(n).to(motion)) @ offset_mm[..., None]
     of_block[:, :n, n:] += turned
     displacement = rigid_displacement(of_block, shape, spacing_mm)
+    ends_mm = spacing_mm * (torch.tensor(shape).to(motion) - 1)  # of an affine map, corners say all
+    corners = rigid_displacement(of_block, [2] * n, ends_mm).movedim(1, -1)
+    ends = torch.cartesian_prod(*(torch.tensor([axis.start, axis.stop - 1]) for axis in block))
+    places = corners.flatten(1, -2) / spacing_mm[:, None] + ends.to(motion)
+    lows = places.amin((0, 1)).floor().int().tolist()
+    highs = places.amax((0, 1)).ceil().int().tolist()
     seen, wide = [], []
-    for axis, size in enumerate(sizes):
-        places = displacement[:, axis] / spacing_mm[:, axis].reshape(-1, *[1] * n)
-        places = places + torch.arange(starts[axis], starts[axis] + shape[axis]).to(places).reshape(
-            [-1 if each == axis else 1 for each in range(n)]
-        )
-        low, high = (int(end.item()) for end in (places.min().floor(), places.max().ceil()))
+    for low, high, size in zip(lows, highs, sizes, strict=True):
         low, high = (min(max(end, 0), size - 1) for end in (low, high))
         seen.append(slice(low, high + 1))
         wide.append(slice(max(low - SPLINE_REACH, 0), min(high + 1 + SPLINE_REACH, size)))
