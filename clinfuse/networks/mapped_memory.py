@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,10 +43,8 @@ def mapped_where_large(voxels: int, members: int = 1) -> Iterator[Path | None]:
         the folder whose files volumes are mapped to; None where they are not.
     """
     needed = 4 * voxels * (VOLUMES + VOLUMES_A_MEMBER * members)
-    if _Mapped.folders or needed < free_memory() / 2:
-        yield _Mapped.folders[-1] if _Mapped.folders else None
-        return
-    with volumes_mapped(smallest=SMALLEST):
+    is_enough = _Mapped.folders or needed < free_memory() / 2
+    with nullcontext() if is_enough else volumes_mapped(smallest=SMALLEST):
         yield _Mapped.folders[-1] if _Mapped.folders else None
 
 
