@@ -6,15 +6,29 @@ from torch import Tensor
 
 
 def regional_mean(
-    values: Float[Tensor, "b 1 *dhw"], mask: Bool[Tensor, "b 1 *dhw"]
+    values: Float[Tensor, "b 1 *dhw"],
+    region: Bool[Tensor, "b 1 *dhw"] | Float[Tensor, "b 1 *dhw"],
 ) -> Float[Tensor, " b"]:
-    """Mean of the values at each case's mask voxels; NaN, with zero gradient, where there are none.
+    """Mean of the values over each case's region; NaN, with zero gradient, where it is empty.
 
-    Values outside the mask have no influence, not even if they are NaN.
+    Args:
+        values: what to average. Those outside the region have no influence, not even if NaN.
+        region: a mask, or the share of each voxel in the region, from 0 to 1, by which it counts.
     """
-    count = mask.flatten(1).sum(1)
-    total = torch.where(mask, values, 0).flatten(1).sum(1)
-    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+    weighted = values if region.dtype == torch.bool else values * region
+    size = region.flatten(1).sum(1)
+    total = torch.where(region > 0, weighted, 0).flatten(1).sum(1)
+    return torch.where(size > 0, total / torch.where(size > 0, size, 1), torch.nan)
+
+
+def shares_of_moved(mask: Float[Tensor, "*dhw"]) -> Float[Tensor, "*dhw"]:
+    """How far each voxel belongs to a mask that was moved between voxels, from 0 to 1.
+
+    Interpolation leaves the mask's share in each voxel. Up to a quarter is nothing, from three
+    quarters on is all, and it is linear between. Cut at one half, the fourth digit of a motion
+    would decide about whole voxels; taken as it is, the region would be a voxel wider all around.
+    """
+    return (2 * mask - 0.5).clamp(0, 1)
 
 
 def bounding_box(mask: Bool[Tensor, "*dhw"]) -> tuple[slice, ...]:

@@ -18,7 +18,7 @@ def ssim_map(
     b: Float[Tensor, "b 1 *dhw"],
     sigma: Sequence[float | int],
     data_range: float = 2.0,
-    mask: Bool[Tensor, "b 1 *dhw"] | None = None,
+    mask: Bool[Tensor, "b 1 *dhw"] | Float[Tensor, "b 1 *dhw"] | None = None,
 ) -> Float[Tensor, "b 1 *dhw"]:
     """Local structural similarity around each voxel, in [-1, 1]; never clamped.
 
@@ -32,8 +32,8 @@ def ssim_map(
         sigma: standard deviations of the window in voxels, one a spatial axis; below 0.2 the
             window is one voxel wide along that axis.
         data_range: width of the range of values, 2 in model space.
-        mask: voxels that windows may see, by normalised convolution (Knutsson & Westin 1993);
-            None for all. Values at voxels outside it mean nothing.
+        mask: voxels that windows may see, or how far, from 0 to 1, by normalised convolution
+            (Knutsson & Westin 1993); None for all. Values at voxels outside it mean nothing.
     """
     moments = torch.cat((a, b, a * a + b * b, a * b), dim=1)
     if mask is None:
@@ -48,7 +48,7 @@ def ssim_map(
 def ssim(
     a: Float[Tensor, "b 1 *dhw"],
     b: Float[Tensor, "b 1 *dhw"],
-    mask: Bool[Tensor, "b 1 *dhw"],
+    mask: Bool[Tensor, "b 1 *dhw"] | Float[Tensor, "b 1 *dhw"],
     spacing_mm: SpacingMm,
     sigma_mm: float = 3.0,
     data_range: float = 2.0,
@@ -60,12 +60,12 @@ def ssim(
     brain's score near the skull would fall with every voxel of bone that fusion is meant to add,
     and rise when bone is moved away.
 
-    Without a gradient on a CPU, a compiled loop looks at the box around the mask alone.
+    Without a gradient on a CPU, a compiled loop looks at the box around a mask of booleans alone.
 
     Args:
         a: one image.
         b: the other.
-        mask: voxels to average over.
+        mask: voxels to average over, or the share of each, by which it is seen and counts.
         spacing_mm: voxel size, the same for all cases.
         sigma_mm: standard deviation of the window, in mm in every direction.
         data_range: width of the range of values, 2 in model space.
@@ -73,7 +73,7 @@ def ssim(
     """
     sigma = sigma_voxels(spacing_mm, sigma_mm)
     has_gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    if a.device.type == "cpu" and not has_gradient:
+    if a.device.type == "cpu" and mask.dtype == torch.bool and not has_gradient:
         cases = zip(a[:, 0], b[:, 0], mask[:, 0], strict=True)
         means = [_mean_in_box(*case, sigma, data_range, black) for case in cases]
         return torch.tensor(means, dtype=a.dtype)

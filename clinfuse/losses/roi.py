@@ -104,8 +104,8 @@ class ClinicalRoiLoss(nn.Module):
         fused: Float[Tensor, "b 1 *dhw"],
         mri: Float[Tensor, "b 1 *dhw"],
         ct: Float[Tensor, "b 1 *dhw"],
-        brain: Bool[Tensor, "b 1 *dhw"],
-        bone: Bool[Tensor, "b 1 *dhw"],
+        brain: Bool[Tensor, "b 1 *dhw"] | Float[Tensor, "b 1 *dhw"],
+        bone: Bool[Tensor, "b 1 *dhw"] | Float[Tensor, "b 1 *dhw"],
         spacing_mm: SpacingMm,
         lesion_probability: Float[Tensor, "b 1 *dhw"] | None = None,
         lesion: Bool[Tensor, "b 1 *dhw"] | None = None,
@@ -118,8 +118,8 @@ class ClinicalRoiLoss(nn.Module):
             mri: what the brain should look like.
             ct: what bone should look like. Where it is known how the CT was moved, the caller
                 passes it, and ``bone``, moved back.
-            brain: brain mask.
-            bone: bone mask.
+            brain: brain mask, or the share of each voxel in the brain, by which it counts.
+            bone: bone mask, or the shares in bone.
             spacing_mm: voxel size, the same for all cases. A sequence costs no device sync, a
                 tensor on a GPU costs one.
             lesion_probability: the frozen lesion head's prediction from ``fused``, undetached.
@@ -140,7 +140,9 @@ class ClinicalRoiLoss(nn.Module):
                 dice, nsd, hd95 = self._lesion_terms(
                     lesion_probability, lesion, lesion_distance_mm, spacing_mm
                 )
-        told = torch.zeros_like(brain) if lesion_probability is None or lesion is None else lesion
+        told = lesion
+        if lesion_probability is None or told is None:
+            told = torch.zeros_like(brain, dtype=torch.bool)
         lesion_term = sum(w * t for w, t in zip(self.lambdas, (dice, nsd, hd95), strict=True))
         by_region = (
             self.alpha * like_mri + self.fidelity[0] * fidelity_brain,
@@ -157,14 +159,14 @@ class ClinicalRoiLoss(nn.Module):
             hd95=hd95,
             fidelity_brain=fidelity_brain,
             fidelity_bone=fidelity_bone,
-            defined=torch.stack([m.flatten(1).any(1) for m in (brain, bone, told)], 1),
+            defined=torch.stack([(m > 0).flatten(1).any(1) for m in (brain, bone, told)], 1),
         )
 
     def _likeness(
         self, fused: Tensor, source: Tensor, mask: Tensor, spacing_mm: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
-        """1 - SSIM and the mean squared error over the mask; 0 where it is empty."""
-        empty = ~mask.flatten(1).any(1)
+        """1 - SSIM and the mean squared error over the mask or shares; 0 where there are none."""
+        empty = ~(mask > 0).flatten(1).any(1)
         shown, aim = fused + DATA_RANGE / 2, source + DATA_RANGE / 2
         unlike = 1 - ssim(shown, aim, mask, spacing_mm, self.sigma_mm)
         error = regional_mean((fused - source).square(), mask)

@@ -100,6 +100,7 @@ class DistilledFusion(FusionMethod):
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
         self.spread_weight, self.seed = spread_weight, seed
 
+    sampling_version = 2
     sampling_only = ("members",)
 
     @property
@@ -150,11 +151,10 @@ class DistilledFusion(FusionMethod):
         return self._shift_towards(anchor, *sources)
 
     def _shift_towards(self, anchor: Anchor, mri: Tensor, ct: Tensor, roi: Tensor) -> Tensor:
-        masks = roi.to(mri.dtype)
-        condition = self.mean_network.encode(mri, ct, masks, _known(anchor))
+        condition = self.mean_network.encode(mri, ct, roi, _known(anchor))
         to_mri, to_ct, rest = self.mean_network(None, condition).float().split(1, 1)
         del condition
-        brain, bone, _ = masks.split(1, 1)
+        brain, bone, _ = roi.split(1, 1)
         pulled = brain * to_mri * (mri - anchor.mean) + bone * to_ct * (ct - anchor.mean)
         return pulled + anchor.scale * rest
 

@@ -16,13 +16,14 @@ def roi_loss(
     fused: Float[Tensor, "b 1 *dhw"],
     mri: Float[Tensor, "b 1 *dhw"],
     ct: Float[Tensor, "b 1 *dhw"],
-    roi: Bool[Tensor, "b r *dhw"],
+    roi: Bool[Tensor, "b r *dhw"] | Float[Tensor, "b r *dhw"],
     spacing_mm: SpacingMm,
     lesion_distance_mm: Float[Tensor, "b 1 *dhw"] | None = None,
     lesion_head: Callable[[Tensor], Tensor] | None = None,
 ) -> RoiLossTerms:
     """L_ROI of Eq. 2 for each case, against the sources and masks given, in full precision.
 
+    For masks there may be the share of each voxel in each region; a lesion is where it is not 0.
     The lesion terms need a lesion head; without one gamma has nothing to weigh and they are 0. With
     gamma 0 the head is not asked. It is asked about the brain and the lesion alone, and may change
     F there alone: what it takes for a lesion in the skull is no reason to change the skull.
@@ -30,7 +31,7 @@ def roi_loss(
     brain, bone, lesion = roi.split(1, 1)
     probability = None
     if lesion_head is not None and loss.gamma != 0:
-        asked = brain | lesion
+        asked = asked_of(roi)
         probability = lesion_head(torch.where(asked, fused, fused.detach())) * asked
     with torch.autocast(fused.device.type, enabled=False):
         terms: RoiLossTerms = loss(
@@ -41,7 +42,7 @@ def roi_loss(
             bone,
             spacing_mm,
             None if probability is None else probability.float(),
-            lesion,
+            lesion > 0,
             lesion_distance_mm,
         )
     return terms
@@ -55,6 +56,13 @@ def lesion_probability(
     """What a lesion head sees in F; 0 outside the brain if the head knows nothing of elsewhere."""
     probability: Tensor = within(lesion_head, brain)(fused)
     return probability.float()
+
+
+def asked_of(
+    roi: Bool[Tensor, "b r *dhw"] | Float[Tensor, "b r *dhw"],
+) -> Bool[Tensor, "b 1 *dhw"]:
+    """The voxels about which a loss asks a lesion head: the brain and the lesion."""
+    return (roi[:, 0:1] > 0) | (roi[:, 2:3] > 0)
 
 
 def within(lesion_head: nn.Module, asked: Bool[Tensor, "b 1 *dhw"]) -> Callable[[Tensor], Tensor]:
@@ -78,7 +86,7 @@ def clean_roi_loss(
     mri, ct, roi = clean_pair_of(batch)
     head = None
     if lesion_head is not None and loss.gamma != 0:
-        head = within(lesion_head, roi[:, 0:1] | roi[:, 2:3])
+        head = within(lesion_head, asked_of(roi))
     known = (mri, ct, roi, batch.spacing_mm, batch.lesion_distance_mm)
     return roi_loss(loss, fused, *known, head).total
 

@@ -19,7 +19,7 @@ from clinfuse.diffusion.process import (
     target_for,
     x0_from_prediction,
 )
-from clinfuse.functional.regional import regional_mean
+from clinfuse.functional.regional import regional_mean, shares_of_moved
 from clinfuse.functional.spacing import shared_spacing
 from clinfuse.losses.denoising import denoising_loss
 from clinfuse.losses.diffusion import diffusion_loss, noise_level_weight
@@ -38,6 +38,7 @@ from clinfuse.methods.base import (
     step_generator,
 )
 from clinfuse.methods.objective import (
+    asked_of,
     clean_pair_of,
     clean_roi_loss,
     reference_of,
@@ -170,7 +171,7 @@ class RoiDiffusion(FusionMethod):
     """
 
     needs_reference = True
-    sampling_version = 2
+    sampling_version = 3
     sampling_only = ("guidance_loss", "sampler", "steps", "members", "guidance", "centred")
 
     def __init__(
@@ -351,7 +352,7 @@ class RoiDiffusion(FusionMethod):
 
         head: Callable[[Tensor], Tensor] | None = None
         if self.lesion_head is not None:
-            head = within(self.lesion_head, roi[:, 0:1] | roi[:, 2:3])
+            head = within(self.lesion_head, asked_of(roi))
 
         def loss(
             x0_hat: Tensor, lesion_head: Callable[[Tensor], Tensor] | None
@@ -474,30 +475,33 @@ class RoiDiffusion(FusionMethod):
 
 def guiding_sources(
     batch: FusionBatch, anchor: Anchor, tolerance_mm: float
-) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Bool[Tensor, "b r *dhw"]]:
-    """The MRI, CT and masks that F is guided to: as the anchor prepares them, but for three things.
+) -> tuple[Float[Tensor, "b 1 *dhw"], Float[Tensor, "b 1 *dhw"], Float[Tensor, "b r *dhw"]]:
+    """The MRI and CT that F is guided to, and the share of each voxel in each region.
 
-    A CT that the registration would move by less than ``tolerance_mm`` is taken as it was given,
-    with its bone mask. So is one that the anchor's mean looks more like, in its bone, than like the
-    registered one in that one's: the anchor has not believed its own registration (0 mm of
-    tolerance believes it all the same). And bone ends where the brain begins: the brain mask is the
-    MRI's own, and where a bone mask that was moved reaches into it, it is wrong.
+    They are as the anchor prepares them, but for three things. A CT that the registration would
+    move by less than ``tolerance_mm`` is taken as it was given, with its bone mask. So is one that
+    the anchor's mean looks more like, in its bone, than like the registered one in that one's: the
+    anchor has not believed its own registration (0 mm of tolerance believes it all the same). And
+    bone ends where the brain begins: the brain mask is the MRI's own, and where a bone mask that
+    was moved reaches into it, it is wrong.
     """
-    mri, ct, roi = anchor.mri, anchor.ct, anchor.roi > 0.5
+    mri, ct = anchor.mri, anchor.ct
+    brain, bone, lesion = anchor.roi.split(1, 1)
+    bone = shares_of_moved(bone)
     if anchor.registration is not None and tolerance_mm > 0:
-        motion, brain = anchor.registration.motion, batch.brain.to(ct.dtype)
+        motion = anchor.registration.motion
         still = torch.eye(motion.shape[-1]).to(motion).expand_as(motion)
         wanted_mm = registration_error_mm(motion, still, brain, batch.spacing_mm)
-        is_still = (wanted_mm < tolerance_mm) & brain.flatten(1).any(1)
+        is_still = (wanted_mm < tolerance_mm) & (brain > 0).flatten(1).any(1)
         given, moved = (
-            regional_mean((anchor.mean - source).square(), bone)
-            for source, bone in ((batch.ct, batch.bone), (ct, roi[:, 1:2]))
+            regional_mean((anchor.mean - source).square(), region)
+            for source, region in ((batch.ct, batch.bone), (ct, bone))
         )
         is_given = is_still | (given < moved)
         is_given = is_given.reshape(-1, *[1] * (ct.ndim - 1))
-        ct, roi = torch.where(is_given, batch.ct, ct), torch.where(is_given, batch.roi, roi)
-    brain, bone, lesion = roi.split(1, 1)
-    return mri, ct, torch.cat([brain, bone & ~brain, lesion], 1)
+        ct = torch.where(is_given, batch.ct, ct)
+        bone = torch.where(is_given, batch.bone.to(bone.dtype), bone)
+    return mri, ct, torch.cat([brain, bone * (1 - brain), lesion], 1)
 
 
 def member_noise(

@@ -117,6 +117,34 @@ def test_a_window_cut_by_the_region_weighs_the_voxels_that_remain():
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_window_and_the_mean_weigh_each_voxel_by_its_share():
+    a, b = pair(1, 1, 21, 21)
+    generator = torch.Generator().manual_seed(2)
+    shares = torch.rand(a.shape, generator=generator, dtype=a.dtype)
+    taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)  # 5 voxels to either side, 3.5 sigma
+    weights = np.outer(taps, taps) * shares[0, 0, 5:16, 5:16].numpy()
+    weights /= weights.sum()
+    x, y = (image[0, 0, 5:16, 5:16].numpy() for image in (a, b))
+    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+    var_x, var_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
+    covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
+    c_1, c_2 = 0.02**2, 0.06**2
+    luminance = (2 * mean_x * mean_y + c_1) / (mean_x**2 + mean_y**2 + c_1)
+    expected = luminance * (2 * covariance + c_2) / (var_x + var_y + c_2)
+    ours = ssim_map(a, b, (1.5, 1.5), mask=shares)
+    assert ours[0, 0, 10, 10].item() == pytest.approx(expected, rel=1e-6)
+    mean = (ours * shares).sum() / shares.sum()
+    assert ssim(a, b, shares, (2.0, 2.0)).item() == pytest.approx(mean.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_shares_of_0_and_1_are_a_mask(with_gradient):
+    mask = regions((7, 16, 13))
+    a, b = pair(*mask.shape)
+    scores = ssim(a.requires_grad_(with_gradient), b, mask.to(a), (5.0, 2.0, 1.0))
+    torch.testing.assert_close(scores, ssim(a, b, mask, (5.0, 2.0, 1.0)))
+
+
 def test_an_inverted_image_scores_below_zero():
     # Inverted about its mean of 0.5: luminance is 1 and structure -1, so a clamp would show.
     a = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))

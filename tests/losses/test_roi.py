@@ -101,6 +101,24 @@ def test_brain_listens_to_the_mri_alone_and_bone_to_the_ct_alone():
         assert (getattr(swapped, name) - getattr(before, name)).abs().min() > 1e-3
 
 
+def test_shares_count_as_their_mask_does_and_halves_by_half():
+    fused, mri, ct = volumes(3)
+    brain, bone, _ = masks()
+    bone[1] = False
+    loss = ClinicalRoiLoss(fidelity=(1.0, 1.0))
+    by_mask = loss(fused, mri, ct, brain, bone, SPACING_MM)
+    by_shares = loss(fused, mri, ct, brain.float(), bone.float(), SPACING_MM)
+    for name in ("total", "brain", "bone", "fidelity_brain", "fidelity_bone"):
+        torch.testing.assert_close(getattr(by_shares, name), getattr(by_mask, name))
+    assert torch.equal(by_shares.defined, by_mask.defined)
+    half = bone * torch.where(torch.arange(SHAPE[-2]) < 6, 0.5, 1.0)[:, None]
+    error = (fused - ct).square()
+    expected = (half * error).sum() / half.sum()
+    shared = loss(fused, mri, ct, brain, half, SPACING_MM)
+    torch.testing.assert_close(shared.fidelity_bone[0], expected)
+    assert (shared.bone - by_mask.bone)[0].abs() > 1e-4 and shared.bone[1] == 0
+
+
 def test_an_inverted_brain_costs_more_than_an_unrelated_one():
     """SSIM below zero is not clamped, so inversion keeps a gradient."""
     mri, unrelated = 0.5 * volumes(2)

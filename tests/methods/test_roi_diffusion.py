@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clinfuse.data.paired_volumes import collate_batches
 from clinfuse.functional.calibration import total_variance
+from clinfuse.functional.regional import shares_of_moved
 from clinfuse.functional.surface import signed_distance_mm
 from clinfuse.losses.fidelity_of_gradients import SourceFidelity
 from clinfuse.losses.roi import ClinicalRoiLoss
@@ -22,6 +23,7 @@ from clinfuse.methods.roi_diffusion import Guidance, guiding_sources, scale_loss
 from clinfuse.networks.registered_blend import NoAnchor
 from clinfuse.networks.rigid_registration import Registration, SynthesisRegistration
 from clinfuse.networks.source_denoiser import SourceDenoisers
+from clinfuse.types import DATA_RANGE
 
 
 def sampled(phantoms, *overrides, name="clinfuse", head=None, batch=None, **quick):
@@ -194,8 +196,8 @@ def distances(phantoms, knob, weight):
         )  # fmt: skip
     lesion_loss = terms.dice + terms.nsd + 0.5 * terms.hd95
     return {
-        "alpha": (terms.brain, (fused - mri)[brain].square().mean()),
-        "beta": (terms.bone, (fused - ct)[bone].square().mean()),
+        "alpha": (terms.brain, (fused - mri)[brain > 0].square().mean()),
+        "beta": (terms.bone, (fused - ct)[bone > 0].square().mean()),
         "gamma": (lesion_loss, lesion_loss),
     }
 
@@ -279,10 +281,32 @@ def test_guidance_pulls_towards_the_ct_where_the_anchor_puts_it(phantoms):
     mri, ct, brain, bone = (t[:1] for t in method.guidance_loss.saw)
     assert torch.equal(mri, anchor.mri) and torch.equal(brain, batch.brain)
     assert torch.equal(ct, anchor.ct)
-    assert torch.equal(bone, (anchor.roi[:, 1:2] > 0.5) & ~batch.brain)
+    assert torch.equal(bone, shares_of_moved(anchor.roi[:, 1:2]) * ~batch.brain)
 
 
 # What F is guided to.
+
+
+def test_a_motions_fourth_digit_takes_no_voxel_from_one_side_to_the_other(phantoms, monkeypatch):
+    """At half a voxel, where a moved mask cut at one half would change in every border voxel."""
+    method, batch = phantoms.method("clinfuse", members=2).eval(), phantoms.batch(0.0)
+    method.guidance = replace(method.guidance, tolerance_mm=0.0)
+    own, half_mm = SynthesisRegistration.forward, float(batch.spacing_mm[0, 2]) / 2
+
+    def fused(shift_mm):
+        def registered(self, *sources):
+            found = own(self, *sources)
+            motion = torch.eye(4).expand_as(found.motion).clone()
+            motion[:, 2, 3] = shift_mm
+            return replace(found, motion=motion)
+
+        monkeypatch.setattr(SynthesisRegistration, "forward", registered)
+        assert method.registered_roi(batch)[:, 1].any()
+        return method.ensemble(batch), method.registered_roi(batch)
+
+    (short, before), (long, after) = fused(half_mm - 5e-4), fused(half_mm + 5e-4)
+    assert (before != after).sum() > 100  # so many voxels cross one half
+    assert (short - long).abs().max() < 0.002 * DATA_RANGE
 
 
 def with_motions(batch, *shifts_mm):
