@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from clinfuse.networks.mapped_memory import within_memory
 
 log = logging.getLogger(__name__)
+
+OVERLAP = 4
+"""Of neighbouring windows, in rims: one of each, and as much between them to fade over."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ def windows_within(
     batch: int = 1,
     silent: int = 8,
 ) -> Windows | None:
-    """The largest windows whose evaluation fits into so much memory; None if the whole does.
+    """The windows with the least to evaluate of those that fit into so much memory.
 
-    As nearly cubes as the grid lets them be.
+    None if the whole fits. An axis is rather left whole than cut with most of it evaluated twice.
 
     Args:
         memory_gb: for one evaluation's features, in 10^9 bytes; None does not ask.
@@ -92,17 +96,41 @@ def windows_within(
     most = memory_gb * 1e9 / (bytes_per_voxel * batch)
     if math.prod(grid) <= most:
         return None
-    side, least_side = max(-(-n // stride) for n in grid), -(-6 * silent // stride)
-    while side >= least_side:
-        shape = [min(side, -(-n // stride)) * stride for n in grid]
-        if math.prod(shape) <= most:
-            return Windows(shape, 4 * silent, silent, stride)
-        side -= 1
-    least = math.prod(smallest_window(grid, stride, silent))
-    raise ValueError(
-        f"expected memory_gb of at least {least * bytes_per_voxel * batch / 1e9:.2g} for windows "
-        f"of {least_side * stride} voxels of the network's grid, got {memory_gb:g}"
-    )
+    shape = _cheapest_shape(tuple(grid), most, stride, silent)
+    if shape is None:
+        least = smallest_window(grid, stride, silent)
+        raise ValueError(
+            f"expected memory_gb of at least {math.prod(least) * bytes_per_voxel * batch / 1e9:.2g}"
+            f" for windows of {max(least)} voxels of the network's grid, got {memory_gb:g}"
+        )
+    return Windows(shape, OVERLAP * silent, silent, stride)
+
+
+@lru_cache
+def _cheapest_shape(
+    grid: tuple[int, ...], most: float, stride: int, silent: int
+) -> tuple[int, ...] | None:
+    """Of no more voxels than that, with the fewest to evaluate in all, then the fewest windows."""
+    found: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    least = smallest_window(grid, stride, silent)
+    for sides in itertools.product(
+        *(_sides(n, low, OVERLAP * silent, stride) for n, low in zip(grid, least, strict=True))
+    ):
+        shape, windows = tuple(size for size, _ in sides), math.prod(count for _, count in sides)
+        cost = (windows * math.prod(shape), windows, max(shape))
+        if math.prod(shape) <= most and (found is None or cost < found[0]):
+            found = cost, shape
+    return None if found is None else found[1]
+
+
+def _sides(n: int, least: int, overlap: int, stride: int) -> list[tuple[int, int]]:
+    """The smallest windows of an axis for every number of them, and that number."""
+    found: list[tuple[int, int]] = []
+    for size in range(least, -(-n // stride) * stride + 1, stride):
+        count = len(_starts(n, size, overlap, stride))
+        if not found or count < found[-1][1]:
+            found.append((size, count))
+    return found
 
 
 def smallest_window(grid: Sequence[int], stride: int, silent: int = 8) -> list[int]:

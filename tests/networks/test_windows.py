@@ -60,17 +60,32 @@ def test_without_windows_the_whole_is_evaluated_once():
     assert asked == [(slice(0, 4), slice(0, 5))]
 
 
-def test_windows_fit_the_memory_and_are_as_wide_as_it_lets_them():
-    grid, each = (64, 128, 128), 1000.0
-    assert windows_within(None, each, grid, 8) is None
-    assert windows_within(2.0, each, grid, 8) is None  # 1.05 GB
-    for budget in (0.9, 0.3, 0.15):
-        shape = windows_within(budget, each, grid, 8).shape
-        assert math.prod(shape) * each <= budget * 1e9
-        wider = [min(s + 8, n) for s, n in zip(shape, grid, strict=True)]
-        assert math.prod(wider) * each > budget * 1e9
-    half = windows_within(0.3, each, grid, 8, batch=2)
-    assert math.prod(half.shape) * 2 * each <= 0.3e9
+def evaluated(windows, grid):
+    return sum(math.prod(p.stop - p.start for p in window) for window in windows.cut(grid))
+
+
+def test_windows_fit_the_memory_and_none_that_do_have_less_to_evaluate():
+    grid, stride, silent = (8, 26, 30), 2, 1
+    assert windows_within(None, 1.0, grid, stride, silent=silent) is None
+    assert windows_within(6.3e-6, 1.0, grid, stride, silent=silent) is None  # 6240 voxels
+    sides = [range(6, n + 1, stride) for n in grid]
+    every = {
+        shape: evaluated(Windows(shape, 4 * silent, silent, stride), grid)
+        for shape in itertools.product(*sides)
+    }
+    for most in (6000, 3000, 1000, 300, 216):
+        shape = tuple(windows_within(most / 1e9, 1.0, grid, stride, silent=silent).shape)
+        assert math.prod(shape) <= most
+        assert every[shape] == min(all_of for s, all_of in every.items() if math.prod(s) <= most)
+        twice = windows_within(2 * most / 1e9, 1.0, grid, stride, batch=2, silent=silent)
+        assert tuple(twice.shape) == shape
+
+
+def test_an_axis_stays_whole_rather_than_be_evaluated_nearly_twice():
+    grid = (64, 128, 128)
+    cubes = evaluated(Windows((56, 56, 56), 32, 8, 8), grid)  # as large as 62 voxels a side
+    chosen = windows_within(62**3 / 1e9, 1.0, grid, 8)
+    assert chosen.shape[0] == 64 and evaluated(chosen, grid) < cubes / 2
 
 
 def test_a_memory_too_small_for_any_window_is_said_with_what_would_do():
