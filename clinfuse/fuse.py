@@ -7,7 +7,6 @@ A cohort: ``python -m clinfuse.fuse run=RUN studies=FOLDER out=FOLDER``, by one 
 number of the same command at once, which may stop and start.
 """
 
-import math
 import os
 import shutil
 import sys
@@ -46,7 +45,7 @@ from clinfuse.configuration import (
 )
 from clinfuse.data.paired_volumes import study_item
 from clinfuse.data.studies import STUDY_FILES, Study, load_pair, load_study, study_folders
-from clinfuse.data.volumes import read_grid
+from clinfuse.data.volumes import count_voxels
 from clinfuse.data.worklist import Worklist, begun_alike, digest_of, share_of
 from clinfuse.methods.base import FusionMethod
 from clinfuse.methods.objective import lesion_probability
@@ -334,7 +333,7 @@ def voxels_of(*paths: Path) -> int:
     """Of the first NIfTI file that there is; 0 where it can't be read, which its reader says."""
     for path in filter(Path.is_file, paths):
         with suppress(ValueError, OSError):
-            return math.prod(read_grid(path).shape)
+            return count_voxels(path)
     return 0
 
 

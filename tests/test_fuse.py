@@ -24,6 +24,7 @@ from clinfuse.fuse import (
     sampled,
     shared_facts,
     shown_name,
+    voxels_of,
     with_preset,
     with_presets_listed,
 )
@@ -35,6 +36,16 @@ from clinfuse.reporting.views import CaseView
 
 SHAPE, SPACING_MM = (13, 27, 31), (7.0, 6.0, 6.5)
 NAMES = ("mri", "ct", "brain_mask", "bone_mask", "lesion_mask")
+
+
+def test_voxels_are_counted_without_a_word_and_what_cannot_be_read_has_none(tmp_path, caplog):
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), np.float32), None)
+    image.set_sform(None, 0)  # of which the reader warns
+    nib.save(image, tmp_path / "mri.nii")
+    (tmp_path / "broken.nii").write_text("not a volume")
+    assert voxels_of(tmp_path / "absent.nii", tmp_path / "mri.nii") == 60
+    assert voxels_of(tmp_path / "broken.nii") == voxels_of(tmp_path / "absent.nii") == 0
+    assert not caplog.records
 
 
 @pytest.fixture(scope="module")

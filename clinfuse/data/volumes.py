@@ -120,6 +120,16 @@ def read_grid(path: Path | str) -> Grid:
         return _grid(_open(path), path)
 
 
+def count_voxels(path: Path | str) -> int:
+    """How many a NIfTI file has by its header, of which nothing else is looked at.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it can't be read.
+    """
+    return math.prod(_open(Path(path)).shape)
+
+
 def write_volume(
     path: Path | str,
     array: Float[np.ndarray, "d h w"] | Bool[np.ndarray, "d h w"],
