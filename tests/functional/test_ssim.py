@@ -100,6 +100,16 @@ def test_what_lies_outside_the_region_has_no_say():
     torch.testing.assert_close(after, before)
 
 
+def similarity(weights, x, y):
+    """Wang et al. (2004), Eq. 13, of one window whose weights sum to 1."""
+    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+    var_x, var_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
+    covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
+    c_1, c_2 = 0.02**2, 0.06**2
+    luminance = (2 * mean_x * mean_y + c_1) / (mean_x**2 + mean_y**2 + c_1)
+    return luminance * (2 * covariance + c_2) / (var_x + var_y + c_2)
+
+
 def test_a_window_cut_by_the_region_weighs_the_voxels_that_remain():
     a, b = pair(1, 1, 21, 21)
     mask = torch.zeros(a.shape, dtype=torch.bool)
@@ -107,12 +117,7 @@ def test_a_window_cut_by_the_region_weighs_the_voxels_that_remain():
     taps = np.exp(-0.5 * (np.arange(6) / 1.5) ** 2)  # 5 voxels to either side, 3.5 sigma
     weights = np.outer(taps, taps) / np.outer(taps, taps).sum()
     x, y = (image[0, 0, 10:16, 10:16].numpy() for image in (a, b))
-    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
-    var_x, var_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
-    covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
-    c_1, c_2 = 0.02**2, 0.06**2
-    luminance = (2 * mean_x * mean_y + c_1) / (mean_x**2 + mean_y**2 + c_1)
-    expected = luminance * (2 * covariance + c_2) / (var_x + var_y + c_2)
+    expected = similarity(weights, x, y)
     ours = ssim_map(a, b, (1.5, 1.5), mask=mask)[0, 0, 10, 10].item()
     assert ours == pytest.approx(expected, rel=1e-5)
 
@@ -125,12 +130,7 @@ def test_a_window_and_the_mean_weigh_each_voxel_by_its_share():
     weights = np.outer(taps, taps) * shares[0, 0, 5:16, 5:16].numpy()
     weights /= weights.sum()
     x, y = (image[0, 0, 5:16, 5:16].numpy() for image in (a, b))
-    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
-    var_x, var_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
-    covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
-    c_1, c_2 = 0.02**2, 0.06**2
-    luminance = (2 * mean_x * mean_y + c_1) / (mean_x**2 + mean_y**2 + c_1)
-    expected = luminance * (2 * covariance + c_2) / (var_x + var_y + c_2)
+    expected = similarity(weights, x, y)
     ours = ssim_map(a, b, (1.5, 1.5), mask=shares)
     assert ours[0, 0, 10, 10].item() == pytest.approx(expected, rel=1e-6)
     mean = (ours * shares).sum() / shares.sum()
