@@ -5,15 +5,18 @@ noise, state, means, masks, is as large as the volume, some dozens of times. Wri
 is mapped, it costs no memory that could run out: the system keeps of it what it has room for.
 """
 
+import mmap
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
@@ -24,6 +27,9 @@ from clinfuse.functional.free_memory import free_memory
 
 SMALLEST = 2**22
 """Numbers from which a result is mapped: smaller ones come and go too often."""
+
+KEPT = 24
+"""Files that tensors have given back, at most, that are kept for the next ones."""
 
 VOLUMES, VOLUMES_A_MEMBER = 40, 5
 """Volumes of single precision that fusing one holds at its most (experiments/performance)."""
@@ -53,8 +59,8 @@ def volumes_mapped(folder: str | Path | None = None, smallest: int = SMALLEST) -
     """Have every large tensor that this thread makes on the CPU within lie in a file of its own.
 
     Operators are the same, called with a place for their result, and so are the values, to the last
-    bit. A file has no name from the moment it is mapped, so that none is ever left behind, and its
-    space is free again with the tensor. Where files cannot be so (Windows) nothing happens.
+    bit. A file has no name from the moment it is mapped, so that none is ever left behind, and
+    serves another tensor when its own is gone. Where files cannot be so (Windows) nothing happens.
 
     Args:
         folder: of the files, on a disk and not in memory; None is ``folder_on_disk``.
@@ -66,13 +72,14 @@ def volumes_mapped(folder: str | Path | None = None, smallest: int = SMALLEST) -
     if sys.platform == "win32":
         yield
         return
-    place = folder_on_disk() if folder is None else Path(folder)
-    _Mapped.folders.append(place)
+    rooms = _Rooms(folder_on_disk() if folder is None else Path(folder))
+    _Mapped.folders.append(rooms.folder)
     try:
-        with _Mapped(place, smallest):
+        with _Mapped(rooms, smallest):
             yield
     finally:
         _Mapped.folders.pop()
+        rooms.close()
 
 
 def folder_on_disk() -> Path:
@@ -108,9 +115,9 @@ class _Mapped(TorchDispatchMode):
     folders: ClassVar[list[Path]] = []
     paused = 0
 
-    def __init__(self, folder: Path, smallest: int) -> None:
+    def __init__(self, rooms: "_Rooms", smallest: int) -> None:
         super().__init__()
-        self.folder, self.smallest = folder, smallest
+        self.rooms, self.smallest = rooms, smallest
 
     def __torch_dispatch__(
         self,
@@ -143,14 +150,64 @@ class _Mapped(TorchDispatchMode):
         numbers = 1 + sum(
             (size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True)
         )
+        room = self.rooms.lent(numbers * like.element_size())
+        return room.view(like.dtype).as_strided(like.shape, like.stride())
+
+
+class _Rooms:
+    """Files without a name, mapped and lent to tensors, and lent again when these are gone.
+
+    To make a file, and to have the system find its pages one by one as they are first touched,
+    takes as long as many an operator that writes to it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.free: list[mmap.mmap] = []
+        self.is_closed = False
+
+    def lent(self, size: int) -> Tensor:
+        """So many bytes, which are free again with the last tensor that lies in them."""
+        room = self._again(size) or self._new(size)
+        lent = np.frombuffer(room, np.uint8, size)
+        weakref.finalize(lent, self._take_back, room).atexit = False
+        return torch.from_numpy(lent)
+
+    def close(self) -> None:
+        """Keep no room any more, neither those that are free nor those that will be."""
+        self.is_closed = True
+        self.free.clear()
+
+    def _take_back(self, room: mmap.mmap) -> None:
+        if not self.is_closed:
+            self.free.append(room)
+            del self.free[:-KEPT]
+
+    def _again(self, size: int) -> mmap.mmap | None:
+        for room in reversed(self.free[:]):
+            if size <= len(room) <= 1.25 * size:
+                with suppress(ValueError):  # another thread has it by now
+                    self.free.remove(room)
+                    return room
+        return None
+
+    def _new(self, size: int) -> mmap.mmap:
+        try:
+            return self._made(size)
+        except OSError:
+            if not self.free:
+                raise
+            self.free.clear()  # whose room may be what the disk lacks
+            return self._made(size)
+
+    def _made(self, size: int) -> mmap.mmap:
         handle, name = tempfile.mkstemp(prefix="clinfuse-", dir=self.folder)
         try:
-            _reserve(handle, numbers * like.element_size(), self.folder)
-            room = torch.from_file(name, shared=True, size=numbers, dtype=like.dtype)
+            _reserve(handle, size, self.folder)
+            return mmap.mmap(handle, size)
         finally:
             os.close(handle)
             os.unlink(name)
-        return room.as_strided(like.shape, like.stride())
 
 
 def _reserve(handle: int, size: int, folder: Path) -> None:

@@ -101,6 +101,50 @@ def test_no_file_is_left_and_room_is_given_back(tmp_path):
     assert place not in Path("/proc/self/maps").read_text()
 
 
+def test_a_room_that_is_given_back_is_lent_again_and_one_in_use_is_not():
+    with volumes_mapped(smallest=SMALLEST):
+        one, other = VOLUME + 1, VOLUME + 2
+        place, kept = one.data_ptr(), other[1]
+        del one, other
+        again = (VOLUME + 3)[:1]
+        beside = VOLUME + 4
+        assert again.data_ptr() == place != beside.data_ptr()
+        smaller = VOLUME[:1] + 5  # half as large, for which the room of a whole is too good
+        del beside
+        assert torch.equal(again, VOLUME[:1] + 3) and torch.equal(kept, VOLUME[1] + 2)
+        assert (VOLUME[:1] + 6).data_ptr() != smaller.data_ptr()
+    assert torch.equal(again, VOLUME[:1] + 3) and torch.equal(smaller, VOLUME[:1] + 5)
+
+
+def test_so_many_rooms_are_kept_and_no_more(monkeypatch):
+    monkeypatch.setattr(mapped_memory, "KEPT", 2)
+    with volumes_mapped(smallest=SMALLEST):
+        volumes = [VOLUME + number for number in range(5)]
+        places = [hex(each.data_ptr()).removeprefix("0x") for each in volumes]
+        del volumes
+        mapped = Path("/proc/self/maps").read_text()
+        assert sum(f"{place}-" in mapped for place in places) == 2
+
+
+def test_a_disk_that_is_full_of_rooms_has_room_again(tmp_path, monkeypatch):
+    own, asked = os.posix_fallocate, []
+
+    def nearly_full(handle, offset, size):
+        asked.append(size)
+        if len(asked) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        own(handle, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", nearly_full)
+    with volumes_mapped(tmp_path, SMALLEST):
+        del_me = VOLUME + 1
+        place = hex(del_me.data_ptr()).removeprefix("0x")
+        del del_me
+        larger = torch.cat([VOLUME, VOLUME])
+        assert f"{place}-" not in Path("/proc/self/maps").read_text()
+    assert torch.equal(larger, torch.cat([VOLUME, VOLUME])) and len(asked) == 3
+
+
 def test_memory_does_not_grow_with_the_volumes_that_are_held():
     def megabytes():
         (line,) = (
