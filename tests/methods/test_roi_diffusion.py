@@ -192,7 +192,7 @@ def distances(phantoms, knob, weight):
         brain, bone, lesion = roi.split(1, 1)
         terms = ClinicalRoiLoss()(
             fused, mri, ct, brain, bone, batch.spacing_mm,
-            BrightIsLesion()(fused), lesion, batch.lesion_distance_mm,
+            BrightIsLesion()(fused), lesion > 0, batch.lesion_distance_mm,
         )  # fmt: skip
     lesion_loss = terms.dice + terms.nsd + 0.5 * terms.hd95
     return {
