@@ -49,7 +49,8 @@ def main() -> None:
     asked = parser.parse_args()
     with group_of(round(asked.gib * 2**30)) as group:
         row = fused_in(group, asked.run, asked.settings, pair_of(asked.shape, asked.keep))
-    row = {"shape": list(asked.shape), "gib": asked.gib, "settings": asked.settings, **row}
+    settings = [each for each in asked.settings if os.sep not in each]  # no path of one machine
+    row = {"shape": list(asked.shape), "gib": asked.gib, "settings": settings, **row}
     print(
         f"{written(asked.shape)} within {asked.gib:g} GiB: exit {row['exit']} after "
         f"{row['seconds']:.0f} s, at most {row['private_gib']:.2f} GiB of its own"
