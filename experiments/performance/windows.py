@@ -6,9 +6,9 @@ python experiments/performance/windows.py RUN [--shape 32,192,192] [--spacing 4,
 One phantom is fused by the run as a whole, in windows that fit MEMORY (10^9 bytes of features),
 and, to show what the blending is for, in the same windows side by side without any overlap; always
 from the same noise. Printed is how far every member's F differs, as a share of the range of model
-space; and how far with the motion of the CT that was found in the whole, for a motion that differs
-in the fourth digit takes single voxels of the moved bone mask over one half. FOLDER/windows.png
-shows a slice of all three, and the differences a hundred times as large.
+space; and how far with the motion of the CT that was found in the whole, to tell what comes of the
+windows' own answers from what comes of the fourth digit of a motion. FOLDER/windows.png shows a
+slice of all three, and the differences a hundred times as large.
 """
 
 import argparse
